@@ -1,0 +1,125 @@
+"""Compare 1-head, M-heads and ABE-M on one data set at equal steps, as the README's table shows.
+
+For every method and loss, seed 0 is trained at each learning rate; the rate whose selected
+checkpoint has the best Recall@1 on held-out training classes (protocol `val`) is trained with the
+other seeds. Every run is a line of the results file, those of the rejected rates too, and a run
+whose line is there is not repeated: stop it and start it as often as you like.
+
+    python experiments/compare.py cub200-2010 --source DATA/cub200-2010
+    python experiments/compare.py vehicles
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from abe.baselines import evaluate_baselines
+from abe.config import Config
+from abe.recipes import photographs
+from abe.results import append_record, scores_table
+from abe.runtime import read_json_lines
+from abe.train import Trainer
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A network and a loss, and the learning rates to choose from."""
+
+    settings: tuple[str, ...]
+    rates: tuple[float, ...]
+
+
+def balanced(*settings: str, rates: tuple[float, ...] = (0.003, 0.01, 0.03)) -> Method:
+    """Eq. 10 with each kind of pair averaged by itself, lambda_div 0.1."""
+    return Method(settings, rates)
+
+
+def as_printed(*settings: str, rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)) -> Method:
+    """Eqs. 8-10 as printed."""
+    loss = ("train.normalization=per_image", "train.divergence_weight=1")
+    return Method((*settings, *loss), rates)
+
+
+ONE_HEAD = ("model.network=m-heads", "model.num_learners=1")
+FOUR_HEADS = ("model.network=m-heads", "model.num_learners=4", "train.divergence_weight=0")
+ABE_4 = ("model.network=abe", "model.num_learners=4")
+ABE_4_ALIKE = (*ABE_4, "train.divergence_weight=0")
+
+PLANS: dict[str, tuple[tuple[str, ...], tuple[Method, ...]]] = {
+    "cub200-2010": (
+        ("train.steps=120", "train.eval_every=40"),
+        (
+            balanced(*ABE_4),
+            balanced(*ONE_HEAD),
+            balanced(*FOUR_HEADS),
+            as_printed(*ABE_4),
+            as_printed(*ONE_HEAD),
+        ),
+    ),
+    "vehicles": (
+        ("data.resize=96", "data.crop=80", "train.steps=120", "train.eval_every=40"),
+        (
+            balanced(*ABE_4),
+            balanced(*ONE_HEAD, rates=(0.01,)),
+            balanced(*FOUR_HEADS, rates=(0.01,)),
+            balanced(*ABE_4_ALIKE, rates=(0.01,)),
+        ),
+    ),
+}
+
+
+def main() -> None:
+    """Run what is missing of one plan."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("--source", default="synthetic", help="folder or CSV of the images")
+    parser.add_argument("--results", type=Path, default=Path("results/runs.jsonl"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    arguments = parser.parse_args()
+    console = Console()
+    common, methods = PLANS[arguments.plan]
+    base = photographs().with_overrides([f"data.source={arguments.source}", *common])
+
+    def done(config: Config) -> dict[str, Any] | None:
+        records = read_json_lines(arguments.results) if arguments.results.exists() else []
+        return next((r for r in records if r["config_digest"] == config.digest), None)
+
+    def run(config: Config) -> dict[str, Any]:
+        record = done(config)
+        if record is None:
+            folder = arguments.runs / config.digest
+            console.rule(f"{config.digest} lr {config.train.lr} seed {config.seed}")
+            started = (folder / "checkpoints").exists()
+            trainer = (
+                Trainer.resume(folder, console) if started else Trainer(config, folder, console)
+            )
+            record = trainer.fit()
+            if record is None:
+                raise SystemExit(130)
+            append_record(arguments.results, record)
+        console.print(scores_table([record]))
+        return record
+
+    for record in evaluate_baselines(base):
+        if not any(
+            other["method"] == record["method"] and other["data"] == record["data"]
+            for other in (read_json_lines(arguments.results) if arguments.results.exists() else [])
+        ):
+            append_record(arguments.results, record)
+    for method in methods:
+        config = base.with_overrides(method.settings)
+        trials = {rate: run(config.with_overrides([f"train.lr={rate}"])) for rate in method.rates}
+        best = max(trials, key=lambda rate: trials[rate]["selection_recall@1"])
+        for seed in SEEDS[1:]:
+            run(config.with_overrides([f"train.lr={best}", f"seed={seed}"]))
+
+
+if __name__ == "__main__":
+    main()

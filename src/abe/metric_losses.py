@@ -1,0 +1,132 @@
+"""Losses of pytorch-metric-learning in place of Eq. 10, one instance for each learner."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abe.errors import InputError
+
+
+class PerLearnerLoss(nn.Module):
+    """One loss for each learner, each with its own parameters, if it has any.
+
+    Args:
+        losses: M modules that take (embeddings (B, d), labels (B,)) and give a scalar.
+    """
+
+    def __init__(self, losses: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, M, d), (B,) -> (M,), in float32 whatever autocast says."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            learners = zip(self.losses, embeddings.float().unbind(1), strict=True)
+            return torch.stack([loss(learner, labels) for loss, learner in learners])
+
+
+def metric_loss_from_spec(
+    spec: str, *, num_learners: int, learner_dim: int, num_classes: int
+) -> PerLearnerLoss:
+    """A loss of pytorch-metric-learning by name and arguments, for each learner.
+
+    Losses with proxies or class weights (`ProxyAnchorLoss`, `SoftTripleLoss`, `ArcFaceLoss` ...)
+    need labels 0 to num_classes - 1. Their parameters are those of the returned module: give them
+    to the optimiser and save them with the model.
+
+    Args:
+        spec: such as "MultiSimilarityLoss(alpha=2)" or "ProxyAnchorLoss". Arguments are keywords
+            with literal values; nothing is evaluated. A `num_classes` or `embedding_size` that
+            the loss requires is filled in.
+        num_learners: M.
+        learner_dim: d.
+        num_classes: classes that are trained on.
+
+    Raises:
+        InputError: spec is not of this form, names no such loss or argument, or the loss does not
+            give a finite scalar for a trial batch.
+    """
+    from pytorch_metric_learning import losses
+
+    name, arguments = _parse(spec)
+    known: dict[str, Any] = {
+        key: value
+        for key, value in vars(losses).items()
+        if inspect.isclass(value)
+        and issubclass(value, losses.BaseMetricLossFunction)
+        and value is not losses.BaseMetricLossFunction
+    }
+    if name not in known:
+        raise InputError(
+            f"metric loss {name!r} is not one of pytorch-metric-learning's that take embeddings "
+            f"and labels{_nearest(name, known)}"
+        )
+    parameters = _constructor_parameters(known[name])
+    for key in arguments:
+        if key not in parameters:
+            raise InputError(f"{name} has no argument {key!r}{_nearest(key, parameters)}")
+    sizes = {"num_classes": num_classes, "embedding_size": learner_dim}
+    required = {key for key, value in parameters.items() if value.default is value.empty}
+    arguments = {key: sizes[key] for key in sizes.keys() & required} | arguments
+
+    try:
+        loss = PerLearnerLoss(known[name](**arguments) for _ in range(num_learners))
+        trial = _trial(loss.losses[0], learner_dim, num_classes)
+    except Exception as error:  # whatever a loss of another library raises on what it was given
+        raise InputError(f"metric loss {spec!r} cannot be used: {error}") from error
+    if trial.numel() != 1 or not trial.isfinite():
+        raise InputError(f"metric loss {spec!r} gives {trial} for a trial batch")
+    return loss
+
+
+def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of "Name(key=literal)" or "Name"."""
+    try:
+        call = ast.parse(spec.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            return call.id, {}
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+            if len(arguments) == len(call.keywords):  # no **mapping
+                return call.func.id, arguments
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        pass
+    raise InputError(
+        f"metric loss {spec!r}: write a name and keyword arguments with literal values, "
+        "such as 'MultiSimilarityLoss(alpha=2, beta=50)'"
+    )
+
+
+def _constructor_parameters(loss: type) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a class, with those that its **kwargs hand to its bases."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in loss.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = inspect.signature(base).parameters.values()
+        keywords = {p.name: p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        found = keywords | found
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def _trial(loss: nn.Module, learner_dim: int, num_classes: int) -> Tensor:
+    """The loss of 8 random unit vectors, two of a class where there are classes enough."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(8, learner_dim, generator=generator), dim=1)
+    with torch.no_grad():
+        return loss(embeddings, torch.arange(8) // 2 % num_classes)

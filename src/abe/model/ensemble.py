@@ -1,0 +1,225 @@
+"""The ensembles of the paper: ABE-M and the three it is compared with.
+
+Shapes: B images, M learners, D the size of the ensemble's embedding, d = D / M that of one
+learner, K channels of the spatial feature, h x w its size. Learner embeddings are (B, M, d)
+until `concat` makes them (B, D).
+
+    images -> S (B, K, h, w) -+-> C -> A'_1..A'_M -> masks (B, M, K, h, w)
+                              +----------- * -----------> G -> (B, M, d)
+
+| network             | S        | A    | G        | paper                    |
+|---------------------|----------|------|----------|--------------------------|
+| AttentionEnsemble   | one      | M    | one      | Eqs. 5, 7, 11; Fig. 1(b) |
+| MHeads              | one      | none | M        | Eq. 4; Fig. 1(a)         |
+| MHeadsWithAttention | one      | M    | M        | supplement, Fig. 8(a)    |
+| MTails              | M        | none | one      | supplement, Fig. 8(b)    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abe.errors import InputError
+from abe.model.attention import AttentionHeads
+from abe.model.backbones import Backbone, get_backbone
+
+
+class AttentionEnsemble(nn.Module):
+    """ABE-M: B_m(x) = G(S(x) * A_m(S(x))) for learners m = 1..M (Eqs. 7, 11).
+
+    Args:
+        num_learners: M.
+        embedding_dim: D, the size of the ensemble's embedding; each learner has d = D / M.
+        backbone: the network that is cut into S and G, by name or as an object.
+        branch_point: last stage of S (Fig. 7b); the backbone's own default if None.
+        attention_depth: blocks in the attention trunk C (Fig. 7a); the backbone's default if None.
+        attention_width: factor on the channels of C. Other than 1, C starts from random weights.
+        attention: False leaves the masks out: every learner sees S(x) as it is.
+        shared_spatial: False gives every learner an S of its own.
+        shared_embedding: False gives every learner a G of its own.
+
+    Raises:
+        InputError: M < 1, M does not divide D, or a cut that the backbone does not have.
+    """
+
+    def __init__(
+        self,
+        num_learners: int = 8,
+        embedding_dim: int = 512,
+        backbone: str | Backbone = "googlenet",
+        *,
+        branch_point: str | None = None,
+        attention_depth: int | None = None,
+        attention_width: float = 1.0,
+        attention: bool = True,
+        shared_spatial: bool = True,
+        shared_embedding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_learners = num_learners
+        self.embedding_dim = embedding_dim
+        self.learner_dim = learner_dim(num_learners, embedding_dim)
+        self.backbone = get_backbone(backbone)
+        cut = branch_point or self.backbone.branch_point
+
+        num_spatial = 1 if shared_spatial else num_learners
+        self.spatial = nn.ModuleList(self.backbone.spatial(cut) for _ in range(num_spatial))
+        channels: int = self.spatial[0].out_channels  # type: ignore[assignment]
+
+        self.attention_trunk: nn.Module | None = None
+        self.attention_heads: AttentionHeads | None = None
+        if attention:
+            if not shared_spatial:
+                raise InputError("attention=True takes one S: leave shared_spatial=True")
+            depth = attention_depth or self.backbone.attention_depth
+            trunk = self.backbone.attention_trunk(cut, channels, depth, attention_width)
+            self.attention_trunk = trunk
+            self.attention_heads = AttentionHeads(trunk.out_channels, num_learners, channels)
+
+        num_embedding = 1 if shared_embedding else num_learners
+        self.embedding = nn.ModuleList(
+            self.backbone.embedding(cut, channels, self.learner_dim) for _ in range(num_embedding)
+        )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """Embed images by every learner; (B, 3, H, W) -> (B, M, d).
+
+        Each learner's embedding has unit length (Fig. 5 plots cosines, and margins of 1 ask for
+        it); `normalize=False` gives the linear layer's output, which some published losses want.
+
+        Raises:
+            InputError: not (B, 3, H, W), or smaller than the backbone can process.
+        """
+        self._check(images)
+        embeddings = self._embed(self._learner_features(images))
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+
+    def attention_masks(self, images: Tensor) -> Tensor:
+        """A_m(S(x)) for all learners; (B, 3, H, W) -> (B, M, K, h, w), between 0 and 1.
+
+        Raises:
+            InputError: the network has no attention, or `forward` would refuse the images.
+        """
+        self._check(images)
+        if self.attention_trunk is None:
+            raise InputError(f"{type(self).__name__} has no attention masks")
+        return self._masks(self.spatial[0](images))
+
+    def backbone_parts(self) -> Mapping[str, nn.Module]:
+        """The parts that start from pretrained weights, under their names in the state dict."""
+        parts = {f"spatial.{i}": part for i, part in enumerate(self.spatial)}
+        if self.attention_trunk is not None:
+            parts["attention_trunk"] = self.attention_trunk
+        return parts | {f"embedding.{i}": part for i, part in enumerate(self.embedding)}
+
+    def _masks(self, spatial: Tensor) -> Tensor:
+        assert self.attention_trunk is not None
+        assert self.attention_heads is not None
+        masks: Tensor = self.attention_heads(self.attention_trunk(spatial))
+        return masks
+
+    def _learner_features(self, images: Tensor) -> Tensor:
+        """What reaches G: S_m(x), gated where there is attention; -> (B, M, K, h, w)."""
+        if len(self.spatial) > 1:
+            return torch.stack([spatial(images) for spatial in self.spatial], dim=1)
+        spatial = self.spatial[0](images)  # (B, K, h, w)
+        if self.attention_trunk is None:
+            return spatial.unsqueeze(1).expand(-1, self.num_learners, -1, -1, -1)
+        return spatial.unsqueeze(1) * self._masks(spatial)
+
+    def _embed(self, features: Tensor) -> Tensor:
+        """G on every learner's features, as one batch; (B, M, K, h, w) -> (B, M, d)."""
+        if len(self.embedding) > 1:
+            learners = zip(self.embedding, features.unbind(1), strict=True)
+            return torch.stack([embedding(feature) for embedding, feature in learners], dim=1)
+        batch = features.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return self.embedding[0](batch).unflatten(0, features.shape[:2])
+
+    def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"images have shape {tuple(images.shape)}: expected (B, 3, H, W)")
+        smallest = self.backbone.min_image_size
+        if min(images.shape[2:]) < smallest:
+            height, width = images.shape[2:]
+            raise InputError(
+                f"images of {height} x {width} pixels are too small for {self.backbone.name}: "
+                f"it takes {smallest} x {smallest} and above"
+            )
+
+
+class MHeads(AttentionEnsemble):
+    """M-heads ensemble (Eq. 4, Fig. 1a): one S, a G for each learner. `MHeads(1)` is 1-head."""
+
+    def __init__(
+        self,
+        num_learners: int = 8,
+        embedding_dim: int = 512,
+        backbone: str | Backbone = "googlenet",
+        **cut: Any,
+    ) -> None:
+        super().__init__(
+            num_learners, embedding_dim, backbone, attention=False, shared_embedding=False, **cut
+        )
+
+
+class MHeadsWithAttention(AttentionEnsemble):
+    """M-heads+att (supplement, Fig. 8a): one S, a mask and a G for each learner."""
+
+    def __init__(
+        self,
+        num_learners: int = 8,
+        embedding_dim: int = 512,
+        backbone: str | Backbone = "googlenet",
+        **cut: Any,
+    ) -> None:
+        super().__init__(num_learners, embedding_dim, backbone, shared_embedding=False, **cut)
+
+
+class MTails(AttentionEnsemble):
+    """M-tails (supplement, Fig. 8b): an S for each learner, one G."""
+
+    def __init__(
+        self,
+        num_learners: int = 8,
+        embedding_dim: int = 512,
+        backbone: str | Backbone = "googlenet",
+        **cut: Any,
+    ) -> None:
+        super().__init__(
+            num_learners, embedding_dim, backbone, attention=False, shared_spatial=False, **cut
+        )
+
+
+def concat(embeddings: Tensor) -> Tensor:
+    """The ensemble's embedding; (B, M, d) -> (B, D).
+
+    Scaled so that the dot product of two ensembles is the mean of their learners' dot products,
+    and the squared distance the mean of the learners' squared distances (Eq. 3 with the squared
+    Euclidean distance as d_Y): unit learners give a unit ensemble.
+    """
+    return embeddings.flatten(1) / embeddings.shape[1] ** 0.5
+
+
+def learner_dim(num_learners: int, embedding_dim: int) -> int:
+    """Size d = D / M of a learner's embedding.
+
+    Raises:
+        InputError: M < 1, D < 1, or M does not divide D; the message says what would fit.
+    """
+    if num_learners < 1:
+        raise InputError(f"num_learners={num_learners}: an ensemble has at least 1 learner")
+    if embedding_dim < 1 or embedding_dim % num_learners:
+        below = embedding_dim // num_learners * num_learners
+        fits = [str(size) for size in (below, below + num_learners) if size > 0]
+        raise InputError(
+            f"embedding_dim={embedding_dim} cannot be shared by {num_learners} learners: "
+            f"use {' or '.join(fits)}"
+        )
+    return embedding_dim // num_learners

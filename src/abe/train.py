@@ -1,0 +1,468 @@
+"""Training: a plain loop over mini-batches that can stop and go on at any step.
+
+What step t does is a function of the weights, the configuration and t alone (the samplers and the
+augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from abe.checkpoint import (
+    Best,
+    Checkpoint,
+    build_model,
+    checkpoints,
+    load_latest,
+    load_selected,
+    optimizer_tensors,
+    remove_superseded,
+    restore_optimizer,
+    save_checkpoint,
+)
+from abe.config import Config, TrainConfig
+from abe.data.loader import Batch, training_batches
+from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
+from abe.data.splits import Splits, open_splits
+from abe.data.transforms import Preprocessing
+from abe.errors import InputError
+from abe.evaluate import KS, embed, score
+from abe.losses import EnsembleLoss, ensemble_loss
+from abe.metric_losses import metric_loss_from_spec
+from abe.metrics import recall_at_k
+from abe.model.ensemble import AttentionEnsemble, concat
+from abe.model.weights import PretrainedWeights, load_pretrained, read_weights
+from abe.results import result_record
+from abe.runtime import (
+    StopSignal,
+    append_json_line,
+    autocast,
+    choose_device,
+    choose_precision,
+    environment,
+    read_json_lines,
+    write_json,
+)
+
+
+class Trainer:
+    """Trains the network of a configuration in a run folder.
+
+    The folder receives config.json, environment.json, weights.txt (what the pretrained start
+    reached), metrics.jsonl, checkpoints/ and at the end result.json and embeddings.safetensors
+    (the test images', (N, M, d)).
+
+    Args:
+        config: the run.
+        run: its folder; made if it does not exist.
+        console: where to report.
+
+    Raises:
+        InputError: whatever in the configuration, the data or the weights cannot be used.
+    """
+
+    def __init__(self, config: Config, run: Path, console: Console | None = None) -> None:
+        self.config = config
+        self.run = run
+        self.console = console or Console(stderr=True)
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.splits: Splits = open_splits(config.data, config.protocol)
+        self.sampler = _sampler(config, self.splits.train.labels)
+
+        torch.manual_seed(config.seed)
+        self.model = build_model(config)
+        self.preprocessing, self.weights, new_layers = self._start()
+        self.model.to(self.device)
+        self.metric_loss, self.class_index = self._metric_loss()
+        self.optimizer = _optimizer(config.train, self.model, self.metric_loss, new_layers)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.step = 0
+        self.best: Best | None = None
+
+    @classmethod
+    def resume(cls, run: Path, console: Console | None = None) -> Trainer:
+        """A trainer that goes on from the newest checkpoint of `run`, exactly.
+
+        Raises:
+            InputError: `run` has no checkpoint, or it is damaged.
+        """
+        checkpoint = load_latest(run)
+        trainer = cls(checkpoint.config, run, console)
+        trainer._restore(checkpoint)
+        return trainer
+
+    def fit(self) -> dict[str, Any] | None:
+        """Train to the last step, pick the checkpoint, score the test images once.
+
+        Returns:
+            The record of the result (see `abe.results`), or None when a signal stopped the run:
+            it is saved then and `resume` goes on.
+
+        Raises:
+            InputError: the loss is not finite; the message names the step and the batch's files.
+        """
+        self._begin()
+        with StopSignal().listening() as stop, self._progress() as advance:
+            if self.step == 0:
+                self._evaluate_and_save()
+            for batch in training_batches(
+                self.splits.train,
+                self.sampler,
+                self.preprocessing,
+                seed=self.config.seed,
+                start_step=self.step,
+                stop_step=self.config.train.steps,
+                workers=self.config.data.workers,
+            ):
+                self.train_step(batch)
+                advance(self.step)
+                last = self.step == self.config.train.steps
+                if last or self.step % self.config.train.eval_every == 0:
+                    self._evaluate_and_save()
+                elif stop.received:
+                    self._save()
+                if stop.received and not last:
+                    self.console.print(
+                        f"Stopped by {stop.received} after step {self.step}, saved. "
+                        f"To go on: abe train --resume {self.run}"
+                    )
+                    return None
+        return self._finish()
+
+    def train_step(self, batch: Batch) -> EnsembleLoss:
+        """One step of the optimiser on Eq. 8; the learning rate is the schedule's at this step.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        train = self.config.train
+        started = time.perf_counter()
+        logged = self.step % train.log_every == 0
+        factor = lr_factor(self.step, train)
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * factor
+
+        self.model.train()
+        gates = GateStatistics(self.model) if logged else None
+        labels = batch.labels.to(self.device)
+        images = self.preprocessing.normalize(batch.images.to(self.device, non_blocking=True))
+        with autocast(self.device, self.precision):
+            raw = self.model(images, normalize=False)  # (B, M, d)
+        embeddings = F.normalize(raw, dim=-1)
+        loss = ensemble_loss(
+            embeddings,
+            labels,
+            metric_loss=self._applied_metric_loss(raw),
+            margin=train.margin,
+            normalization=train.normalization,
+            divergence_weight=train.divergence_weight
+            * _warm_up(self.step, train.divergence_warmup),
+            divergence_margin=train.divergence_margin,
+            divergence_normalization=train.divergence_normalization,
+        )
+        if not math.isfinite(loss.total.item()):
+            self._refuse(loss.total.item(), batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, train.clip_norm or math.inf)
+        before = _weights(self.model) if logged else {}
+        self.optimizer.step()
+        self.step += 1
+        if logged:
+            self._log(
+                loss=loss.total.item(),
+                metric=loss.metric.tolist(),
+                divergence=loss.divergence.item(),
+                lr=self.config.train.lr * factor,
+                grad_norm=grad_norm.item(),
+                learner_cosine=_learner_cosine(embeddings.detach()),
+                update_to_weight=_update_ratios(before, _weights(self.model)),
+                images_per_second=len(labels) / (time.perf_counter() - started),
+                **(gates.read() if gates else {}),
+            )
+        return loss
+
+    def _start(self) -> tuple[Preprocessing, dict[str, str] | None, set[str]]:
+        """Load the pretrained start; -> its preprocessing, its origin, parameters it left new."""
+        source = self.config.model.weights
+        if source is None:
+            return preprocessing_of(self.config, None), None, set()
+        weights = read_weights(source)
+        report = load_pretrained(self.model.backbone_parts(), weights)
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / "weights.txt").write_text(f"{report}\n", encoding="utf-8")
+        loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
+        new = {name for name, _ in self.model.named_parameters() if name not in loaded}
+        origin = {"source": weights.source, "sha256": weights.sha256}
+        return preprocessing_of(self.config, weights), origin, new
+
+    def _metric_loss(self) -> tuple[nn.Module | None, Tensor]:
+        """The loss in place of Eq. 10, if any, and label -> class index among those trained on."""
+        classes = np.unique(self.splits.train.labels)
+        index = torch.full((int(classes.max()) + 1,), -1)
+        index[torch.as_tensor(classes)] = torch.arange(len(classes))
+        if self.config.train.metric_loss == "contrastive":
+            return None, index.to(self.device)
+        loss = metric_loss_from_spec(
+            self.config.train.metric_loss,
+            num_learners=self.model.num_learners,
+            learner_dim=self.model.learner_dim,
+            num_classes=len(classes),
+        )
+        return loss.to(self.device), index.to(self.device)
+
+    def _applied_metric_loss(self, raw: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+        loss = self.metric_loss
+        if loss is None:
+            return None
+        normalize = self.config.train.normalize_embeddings
+        return lambda unit, labels: loss(unit if normalize else raw, self.class_index[labels])
+
+    def _begin(self) -> None:
+        if self.step == 0 and checkpoints(self.run):
+            raise InputError(
+                f"{self.run} holds a run already: go on with `abe train --resume {self.run}`, "
+                "or give another folder"
+            )
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_json(self.run / "config.json", self.config.to_json())
+        details = environment(self.device) | {
+            "precision": self.precision,
+            "data": self.splits.describe(),
+            "weights": self.weights,
+        }
+        write_json(self.run / "environment.json", details)
+        if self.splits.skipped:
+            self.console.print(f"{self.splits.skipped} unreadable files are left out")
+
+    def _evaluate_and_save(self) -> None:
+        """Score the protocol's images, note the best, write a checkpoint."""
+        recall = self._selection_recall()
+        self._log(recall_at_1=recall)
+        if self.best is None or recall > self.best.recall_at_1:
+            self.best = Best(self.step, recall)
+        which = "held-out classes" if self.config.protocol == "val" else "test images"
+        self.console.print(
+            f"step {self.step:>6}  Recall@1 {100 * recall:5.1f} % on {which}"
+            f"  (best {100 * self.best.recall_at_1:.1f} % at step {self.best.step})"
+        )
+        self._save()
+
+    def _selection_recall(self) -> float:
+        embeddings = self._embed(self.model, self.splits.select)
+        labels = torch.as_tensor(self.splits.select.labels)
+        return recall_at_k(concat(embeddings), labels, [1])[1]
+
+    def _embed(self, model: AttentionEnsemble, images: Any) -> Tensor:
+        return embed(
+            model.eval(),
+            images,
+            self.preprocessing,
+            device=self.device,
+            precision=self.precision,
+            workers=self.config.data.workers,
+        )
+
+    def _save(self) -> None:
+        training = optimizer_tensors(self.optimizer)
+        training["torch_rng"] = torch.get_rng_state()
+        if self.metric_loss is not None:
+            state = self.metric_loss.state_dict()
+            training |= {f"metric_loss.{key}": value for key, value in state.items()}
+        save_checkpoint(
+            self.run / "checkpoints",
+            step=self.step,
+            config=self.config,
+            preprocessing=self.preprocessing,
+            best=self.best,
+            model=self.model.state_dict(),
+            training=training,
+        )
+        remove_superseded(self.run, keep=self.best)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step, self.best = checkpoint.step, checkpoint.best
+        self.preprocessing = checkpoint.preprocessing
+        self.model.load_state_dict(checkpoint.model)
+        restore_optimizer(self.optimizer, checkpoint.training)
+        if self.metric_loss is not None:
+            prefix = "metric_loss."
+            own = {k: v for k, v in checkpoint.training.items() if k.startswith(prefix)}
+            self.metric_loss.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
+        torch.set_rng_state(checkpoint.training["torch_rng"])
+        log = self.run / "metrics.jsonl"
+        kept = [line for line in read_json_lines(log) if line["step"] <= self.step]
+        beside = log.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        beside.replace(log)
+
+    def _finish(self) -> dict[str, Any]:
+        assert self.best is not None
+        selected = load_selected(self.run)
+        test = self.splits.test
+        self.console.print(f"Scoring {len(test)} test images with step {selected.step} ...")
+        embeddings = self._embed(selected.build_model().to(self.device), test)
+        save_file({"embeddings": embeddings}, self.run / "embeddings.safetensors")
+        record = result_record(
+            self.config,
+            scores=score(embeddings, test.labels, [k for k in KS if k < len(test)]),
+            best=self.best,
+            data=self.splits.describe(),
+            weights=self.weights,
+            environment=environment(self.device) | {"precision": self.precision},
+        )
+        write_json(self.run / "result.json", record)
+        return record
+
+    def _refuse(self, loss: float, batch: Batch) -> None:
+        names = [self.splits.train.describe(int(index)) for index in batch.indices]
+        raise InputError(
+            f"the loss is {loss} at step {self.step}: lower train.lr ({self.config.train.lr}) or "
+            f"look at the images of this batch: {', '.join(names)}"
+        )
+
+    def _log(self, **values: Any) -> None:
+        append_json_line(self.run / "metrics.jsonl", {"step": self.step, **values})
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Callable[[int], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(
+                "training", total=self.config.train.steps, completed=self.step, rate=""
+            )
+            started, first = time.perf_counter(), self.step
+
+            def advance(step: int) -> None:
+                per_second = (step - first) / (time.perf_counter() - started)
+                rate = f"{per_second * self.config.train.batch_size:.0f} images/s"
+                progress.update(task, completed=step, rate=rate)
+
+            yield advance
+
+
+class GateStatistics:
+    """Mean and spread of the attention masks of the next forward pass."""
+
+    def __init__(self, model: AttentionEnsemble) -> None:
+        self._masks: Tensor | None = None
+        heads = model.attention_heads
+        self._hook = heads and heads.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
+        self._masks = masks.detach()
+
+    def read(self) -> dict[str, float]:
+        """Stop watching; -> "gate_mean" and "gate_std", or nothing without attention."""
+        if self._hook is None or self._masks is None:
+            return {}
+        self._hook.remove()
+        masks = self._masks.float()
+        return {"gate_mean": masks.mean().item(), "gate_std": masks.std().item()}
+
+
+def preprocessing_of(config: Config, weights: PretrainedWeights | None) -> Preprocessing:
+    """The channels, mean and scale that the weights came with, the run's sizes."""
+    carried = (weights and weights.preprocessing) or Preprocessing()
+    return dataclasses.replace(carried, resize=config.data.resize, crop=config.data.crop)
+
+
+def lr_factor(step: int, train: TrainConfig) -> float:
+    """The rate at `step` as a fraction of `train.lr`: linear warm-up, then the schedule."""
+    factor = _warm_up(step, train.warmup)
+    if train.schedule == "cosine":
+        done = max(0, step - train.warmup) / max(1, train.steps - train.warmup)
+        return factor * 0.5 * (1 + math.cos(math.pi * done))
+    if train.schedule == "steps":
+        return factor * train.decay_factor ** (step // train.decay_every)
+    return factor
+
+
+def _warm_up(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBalancedBatchSampler:
+    train = config.train
+    if train.sampler == "pairs":
+        return PairBatchSampler(labels, train.batch_size, config.seed)
+    classes_per_batch, rest = divmod(train.batch_size, train.images_per_class)
+    if rest:
+        raise InputError(
+            f"train.batch_size={train.batch_size} is no multiple of "
+            f"train.images_per_class={train.images_per_class}"
+        )
+    return ClassBalancedBatchSampler(labels, classes_per_batch, train.images_per_class, config.seed)
+
+
+def _optimizer(
+    train: TrainConfig, model: nn.Module, metric_loss: nn.Module | None, new_layers: set[str]
+) -> torch.optim.Optimizer:
+    """Group by rate and decay: biases and norms do not decay, biases and new layers are faster."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = train.bias_lr_factor if name.endswith("bias") else 1.0
+        if name in new_layers:
+            factor *= train.new_layer_lr_factor
+        decay = train.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    if metric_loss is not None:
+        groups.setdefault((train.loss_lr_factor, 0.0), []).extend(metric_loss.parameters())
+    settings = [
+        {"params": parameters, "lr": train.lr * factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+        if parameters
+    ]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(settings)
+    return torch.optim.SGD(settings, momentum=train.momentum)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every layer's weight; biases and norms are left out."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1
+    }
+
+
+def _update_ratios(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
+    """Length of each layer's last update over the length of its weight."""
+    return {
+        name.removesuffix(".weight"): float((after[name] - weight).norm() / weight.norm())
+        for name, weight in before.items()
+    }
+
+
+def _learner_cosine(embeddings: Tensor) -> float | None:
+    """Mean cosine between two learners on the same image; None for a single learner."""
+    num_learners = embeddings.shape[1]
+    if num_learners == 1:
+        return None
+    cosines = torch.einsum("ipd,iqd->ipq", embeddings, embeddings).mean(0)
+    between = cosines.sum() - cosines.diagonal().sum()
+    return between.item() / (num_learners * (num_learners - 1))

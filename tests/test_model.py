@@ -1,0 +1,339 @@
+"""The networks: section 3, section 4 and the supplement, held by shapes, integers and loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from abe.errors import InputError
+from abe.model import (
+    AttentionEnsemble,
+    Backbone,
+    MHeads,
+    MHeadsWithAttention,
+    MTails,
+    Stage,
+    concat,
+)
+from abe.model.backbones import get_backbone
+from abe.model.summary import summary_rows
+from abe.model.weights import SOURCES, read_weights
+
+NETWORKS = [AttentionEnsemble, MHeads, MHeadsWithAttention, MTails]
+
+# decisions on Tables 1 and 8: exact parameters, multiply-accumulates at the printed precision
+TABLES_1_AND_8 = {
+    "1-head^512": (6_498_352, 1.582),
+    "2-heads^512": (11_795_056, 2.254),
+    "4-heads^512": (22_388_464, 3.597),
+    "8-heads^512": (43_575_280, 6.284),
+    "ABE-1^512": (9_707_360, 2.210),
+    "ABE-2^512": (9_844_800, 2.960),
+    "ABE-4^512": (10_513_280, 4.460),
+    "ABE-8^512": (12_047_040, 7.460),
+    "ABE-1^64": (9_248_160, 2.210),
+    "ABE-2^128": (9_648_000, 2.960),
+    "ABE-4^256": (10_447_680, 4.460),
+    "8-heads+att^512": (49_583_168, 7.460),
+    "8-tails^512": (10_777_088, 12.654),
+}
+
+
+class Conv(nn.Sequential):
+    """A stage of the toy backbone."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.ReLU())
+        self.out_channels = out_channels
+
+
+TOY = Backbone(
+    name="toy",
+    stages=(
+        Stage("stem", lambda channels: Conv(channels, 6, stride=2)),
+        Stage("pool", lambda channels: nn.MaxPool2d(2)),
+        Stage(
+            "block",
+            lambda channels: Conv(channels, 10, stride=2),
+            lambda channels, width: Conv(channels, round(10 * width)),
+        ),
+    ),
+    branch_point="pool",
+    attention_depth=1,
+    min_image_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def toy(network: type[AttentionEnsemble], num_learners: int = 4, **options) -> AttentionEnsemble:
+    torch.manual_seed(1)
+    return network(num_learners, 8, TOY, **options)
+
+
+def test_all_13_networks_of_tables_1_and_8() -> None:
+    rows = {row["name"]: row for row in summary_rows()}
+    assert rows.keys() == TABLES_1_AND_8.keys()
+    for name, (parameters, giga_macs) in TABLES_1_AND_8.items():
+        row = rows[name]
+        assert row["params"] == parameters, name
+        assert round(row["macs"] / 1e9, 3) == giga_macs, name
+        # and what the paper prints, to its own three digits
+        assert f"{row['params'] / 1e7:.2f}" == f"{row['paper_params'] / 1e7:.2f}", name
+        assert f"{row['macs'] / 1e9:.3g}" == f"{row['paper_macs'] / 1e9:.3g}", name
+
+
+def test_spatial_feature_of_googlenet_is_480_x_14_x_14_at_224() -> None:
+    with torch.device("meta"):
+        model = AttentionEnsemble(2, 64)
+        images = torch.empty(1, 3, 224, 224)
+    assert model.spatial[0](images).shape == (1, 480, 14, 14)
+    assert model.attention_trunk is not None
+    assert model.attention_trunk(torch.empty(1, 480, 14, 14, device="meta")).shape[1] == 832
+    assert model.attention_masks(images).shape == (1, 2, 480, 14, 14)
+
+
+def test_googlenet_has_exactly_the_layers_of_the_shipped_bvlc_weights() -> None:
+    weights = read_weights("googlenet-mini-imagenet").state
+    model = MHeads(1, 8)
+    own = {
+        key: value.shape
+        for part in model.backbone_parts().values()
+        for key, value in part.state_dict().items()
+        if not key.startswith("linear.")
+    }
+    assert own == {key: value.shape for key, value in weights.items()}
+    assert sum(shape.numel() for shape in own.values()) == 5_973_552
+
+
+def test_local_response_norm_is_caffes() -> None:
+    norm = dict(MHeads(1, 8).spatial[0].named_children())["norm1"]
+    x = 100 * torch.rand(1, 7, 2, 2, dtype=torch.float64)
+    expected = torch.empty_like(x)
+    for channel in range(7):
+        window = x[:, max(0, channel - 2) : channel + 3]
+        scale = 1 + 1e-4 / 5 * (window**2).sum(1)
+        expected[:, channel] = x[:, channel] / scale**0.75
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_embeddings_are_unit_learners(network: type[AttentionEnsemble], images) -> None:
+    model = toy(network)
+    embeddings = model(images)
+    assert embeddings.shape == (3, 4, 2)
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(3, 4))
+    raw = model(images, normalize=False)
+    assert not torch.allclose(raw.norm(dim=-1), torch.ones(3, 4))
+    torch.testing.assert_close(F.normalize(raw, dim=-1), embeddings)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_forward_equals_a_loop_over_learners(network: type[AttentionEnsemble], images) -> None:
+    """Outputs and gradients of the batched forward, in float64, against B_m written out."""
+    model = toy(network).double()
+    images = images.double()
+    weight = torch.randn(3, 4, 2, dtype=torch.float64)
+
+    def learner(m: int) -> torch.Tensor:
+        spatial = model.spatial[m if len(model.spatial) > 1 else 0](images)
+        if model.attention_trunk is not None:
+            heads = model.attention_heads
+            rows = slice(m * 6, (m + 1) * 6)  # K = 6
+            trunk = model.attention_trunk(spatial)
+            mask = torch.sigmoid(F.conv2d(trunk, heads.weight[rows], heads.bias[rows]))
+            spatial = spatial * mask
+        embedding = model.embedding[m if len(model.embedding) > 1 else 0](spatial)
+        return embedding / embedding.norm(dim=1, keepdim=True)
+
+    def gradients(embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (embeddings * weight).sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    looped = torch.stack([learner(m) for m in range(4)], dim=1)
+    batched = model(images)
+    torch.testing.assert_close(batched, looped, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(batched), gradients(looped), rtol=1e-10, atol=1e-12)
+
+
+def test_gated_features_are_the_masks_times_the_spatial_feature(images) -> None:
+    model = toy(AttentionEnsemble).eval()
+    masks = model.attention_masks(images)
+    spatial = model.spatial[0](images)
+    assert masks.shape == (3, 4, *spatial.shape[1:])
+    assert masks.min() > 0
+    assert masks.max() < 1
+    for m in range(4):
+        expected = F.normalize(model.embedding[0](spatial * masks[:, m]), dim=-1)
+        torch.testing.assert_close(model(images)[:, m], expected)
+
+
+def test_the_trunk_and_s_run_once_for_all_learners(images) -> None:
+    model = toy(AttentionEnsemble)
+    batches: list[tuple[str, int]] = []
+
+    def watch(name: str, part: nn.Module) -> None:
+        part.register_forward_hook(lambda module, args, _: batches.append((name, len(args[0]))))
+
+    watch("S", model.spatial[0])
+    watch("C", model.attention_trunk)
+    watch("G", model.embedding[0])
+    model(images)
+    assert batches == [("S", 3), ("C", 3), ("G", 12)]
+
+
+def test_c_has_weights_of_its_own_and_the_learners_differ(images) -> None:
+    model = toy(AttentionEnsemble)
+    names = [name for name, _ in model.named_parameters()]
+    assert "attention_trunk.block.0.weight" in names
+    assert "embedding.0.block.0.weight" in names
+    first, *others = model(images).unbind(1)
+    assert all(not torch.allclose(first, other) for other in others)
+
+
+def test_attention_keeps_the_size_where_g_downsamples(images) -> None:
+    model = toy(AttentionEnsemble)
+    spatial = model.spatial[0](images)
+    assert spatial.shape[2:] == model.attention_trunk(spatial).shape[2:]
+    assert model.embedding[0].block(spatial).shape[2] == spatial.shape[2] // 2
+
+
+def test_without_attention_abe_is_its_one_g(images) -> None:
+    model = toy(AttentionEnsemble, attention=False)
+    first, *others = model(images).unbind(1)
+    for other in others:
+        torch.testing.assert_close(first, other)
+
+
+def test_separate_g_is_m_heads_with_attention() -> None:
+    shapes = [
+        {name: value.shape for name, value in model.state_dict().items()}
+        for model in (toy(AttentionEnsemble, shared_embedding=False), toy(MHeadsWithAttention))
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_concat_averages_the_learners_products_and_squared_distances() -> None:
+    a, b = F.normalize(torch.randn(2, 5, 4, 3, dtype=torch.float64), dim=-1)
+    mean_product = (a * b).sum(-1).mean(1)
+    torch.testing.assert_close((concat(a) * concat(b)).sum(1), mean_product)
+    mean_distance = (a - b).square().sum(-1).mean(1)
+    torch.testing.assert_close((concat(a) - concat(b)).square().sum(1), mean_distance)
+    torch.testing.assert_close(concat(a).norm(dim=1), torch.ones(5, dtype=torch.float64))
+    assert concat(a).shape == (5, 12)
+
+
+# Fig. 7: the branch points of the paper, and its attention depths
+@pytest.mark.parametrize(
+    "branch_point", ["pool2", "inception_3a", "inception_3b", "pool3", "inception_4a"]
+)
+def test_branch_points_of_fig_7b(branch_point: str) -> None:
+    with torch.device("meta"):
+        model = AttentionEnsemble(2, 8, branch_point=branch_point)
+        images = torch.empty(1, 3, 64, 64)
+    assert list(dict(model.spatial[0].named_children()))[-1] == branch_point
+    assert len(model.attention_trunk) == 5
+    spatial = model.spatial[0](images)
+    assert model.attention_masks(images)[:, 0].shape == spatial.shape
+    assert model(images).shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize("depth", range(1, 8))
+def test_attention_depths_of_fig_7a(depth: int) -> None:
+    with torch.device("meta"):
+        model = AttentionEnsemble(2, 8, attention_depth=depth)
+    blocks = ["4a", "4b", "4c", "4d", "4e", "5a", "5b"][:depth]
+    names = list(dict(model.attention_trunk.named_children()))
+    assert names == [f"inception_{block}" for block in blocks]
+
+
+def test_attention_width_scales_the_trunk_only() -> None:
+    with torch.device("meta"):
+        narrow, paper = (AttentionEnsemble(2, 8, attention_width=w) for w in (0.5, 1.0))
+    assert narrow.attention_trunk.out_channels == 416
+    assert paper.attention_trunk.out_channels == 832
+    assert [p.shape for p in narrow.embedding.parameters()] == [
+        p.shape for p in paper.embedding.parameters()
+    ]
+
+
+@pytest.mark.parametrize("backbone", ["googlenet", "googlenet_bn", "resnet50"])
+def test_smallest_image_is_the_one_that_the_network_takes(backbone: str) -> None:
+    smallest = get_backbone(backbone).min_image_size
+    model = AttentionEnsemble(1, 2, backbone).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, smallest, smallest)).shape == (1, 1, 2)
+        if smallest > 1:
+            with pytest.raises(InputError, match=f"takes {smallest} x {smallest} and above"):
+                model(torch.zeros(1, 3, smallest, smallest - 1))
+            model._check = lambda images: None  # one pixel less must really fail
+            with pytest.raises(RuntimeError):
+                model(torch.zeros(1, 3, smallest - 1, smallest - 1))
+
+
+@pytest.mark.parametrize("backbone", ["googlenet_bn", "resnet50"])
+def test_other_backbones_carry_torchvisions_names(backbone: str) -> None:
+    with torch.device("meta"):
+        model = AttentionEnsemble(2, 8, backbone)
+    spatial, trunk, embedding = model.backbone_parts().values()
+    keys = {"googlenet_bn": "inception3a.branch2.1.conv.weight", "resnet50": "layer1.0.bn3.bias"}
+    assert keys[backbone] in spatial.state_dict()
+    later = {"googlenet_bn": "inception4e.branch3.1.bn.weight", "resnet50": "layer3.5.conv2.weight"}
+    assert later[backbone] in trunk.state_dict()
+    assert later[backbone] in embedding.state_dict()
+    images = torch.empty(2, 3, 64, 64, device="meta")
+    assert model.attention_masks(images).shape[:2] == (2, 2)
+
+
+def test_default_weights_are_known_sources() -> None:
+    for name in ("googlenet", "googlenet_bn", "resnet50"):
+        assert get_backbone(name).default_weights in SOURCES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_learners": 0}, "num_learners=0: an ensemble has at least 1 learner"),
+        ({"num_learners": 3, "embedding_dim": 512}, "3 learners: use 510 or 513"),
+        ({"num_learners": 8, "embedding_dim": 5}, "use 8"),
+        ({"backbone": "googlenett"}, "did you mean 'googlenet'"),
+        ({"branch_point": "pool9"}, "'pool9' is not a stage of toy .* use one of stem, pool"),
+        ({"branch_point": "block"}, "that anything follows"),
+        ({"attention_depth": 2}, "toy has 1 blocks after 'pool', so use 1 to 1"),
+        ({"attention_width": 0}, "use a factor above 0"),
+        ({"shared_spatial": False}, "leave shared_spatial=True"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AttentionEnsemble(**({"num_learners": 4, "embedding_dim": 8, "backbone": TOY} | arguments))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 16, 16, 3)])
+def test_images_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="expected \\(B, 3, H, W\\)"):
+        toy(AttentionEnsemble)(torch.zeros(shape))
+
+
+def test_masks_of_a_network_without_attention(images) -> None:
+    with pytest.raises(InputError, match="MHeads has no attention masks"):
+        toy(MHeads).attention_masks(images)
+
+
+def test_each_learners_attention_head_has_glorots_range() -> None:
+    model = toy(AttentionEnsemble)
+    fan_in, fan_out = 10, 6
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    heads = model.attention_heads.weight.detach().chunk(4)
+    for a, b in itertools.combinations(heads, 2):
+        assert not torch.equal(a, b)
+    for head in heads:
+        assert 0.6 * bound < head.abs().max() <= bound

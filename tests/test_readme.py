@@ -1,0 +1,94 @@
+"""The README's code blocks.
+
+Python blocks run as they stand, in order, in one namespace; so do shell blocks under the comment
+`<!-- test: run -->`, in the same temporary directory. Of the other shell blocks, every `abe` verb
+and option and every `make` target has to exist.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+ABE = Path(sys.executable).with_name("abe")
+SHELLS = ("sh", "bash", "console")
+
+BLOCK = re.compile(
+    r"(?P<run>^<!-- test: run -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks() -> list[re.Match[str]]:
+    return list(BLOCK.finditer(README.read_text(encoding="utf-8")))
+
+
+def shell_code(block: re.Match[str]) -> str:
+    """The block without what a `console` block shows of the commands' output."""
+    code = block["code"].replace("\\\n", "")
+    if block["language"] != "console":
+        return code
+    return "".join(re.findall(r"^\$ (.*\n)", code, re.MULTILINE))
+
+
+def commands() -> Iterator[list[str]]:
+    for block in blocks():
+        if block["language"] in SHELLS:
+            for line in shell_code(block).splitlines():
+                words = shlex.split(line, comments=True)
+                yield list(takewhile(lambda word: word not in ("|", ">", "&&"), words))
+
+
+@cache
+def help_text(verb: str) -> str | None:
+    """What `abe VERB --help` prints, without colour or wrapping; None if it fails."""
+    result = subprocess.run(
+        [ABE, verb, "--help"],
+        env={"PATH": os.environ["PATH"], "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout if result.returncode == 0 else None
+
+
+def test_abe_commands_exist() -> None:
+    shown = [words[1:] for words in commands() if words and Path(words[0]).name == "abe"]
+    assert shown, "README.md shows no abe command"
+    for verb, *arguments in shown:
+        text = help_text(verb)
+        assert text is not None, f"README.md shows `abe {verb}`, which does not exist"
+        for option in (word.partition("=")[0] for word in arguments if word.startswith("-")):
+            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), (
+                f"README.md shows `abe {verb} {option}`, which does not exist"
+            )
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = {word for words in commands() if words[:1] == ["make"] for word in words[1:]}
+    assert {word for word in shown if "=" not in word} <= set(targets)
+
+
+@pytest.mark.slow
+def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{ABE.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    assert any(block["language"] == "python" for block in blocks()), "README.md shows no Python"
+    for block in blocks():
+        if block["language"] == "python":
+            above = block.string.count("\n", 0, block.start("code"))  # so that errors name the line
+            exec(compile("\n" * above + block["code"], README, "exec"), namespace)
+        elif block["run"]:
+            subprocess.run(["bash", "-euo", "pipefail", "-c", shell_code(block)], check=True)
