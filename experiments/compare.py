@@ -18,8 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from abe.baselines import evaluate_baselines
 from abe.config import Config
+from abe.data.splits import open_splits
+from abe.evaluate import evaluate_baselines
 from abe.recipes import photographs
 from abe.results import append_record, scores_table
 from abe.runtime import read_json_lines
@@ -107,11 +108,10 @@ def main() -> None:
         console.print(scores_table([record]))
         return record
 
-    for record in evaluate_baselines(base):
-        if not any(
-            other["method"] == record["method"] and other["data"] == record["data"]
-            for other in (read_json_lines(arguments.results) if arguments.results.exists() else [])
-        ):
+    recorded = read_json_lines(arguments.results) if arguments.results.exists() else []
+    if not any(record["config_digest"] == base.digest for record in recorded):
+        splits = open_splits(base.data, base.protocol)
+        for record, _ in evaluate_baselines(base, splits).values():
             append_record(arguments.results, record)
     for method in methods:
         config = base.with_overrides(method.settings)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.errors import InputError
@@ -65,7 +65,6 @@ def retrievals(draw):
     return *images(draw(st.integers(1, 8))), *images(draw(st.integers(1, 8)))
 
 
-@settings(deadline=None)
 @given(retrievals())
 def test_metrics_are_their_definitions(retrieval):
     query, query_labels, *gallery = retrieval

@@ -3,7 +3,8 @@
     <run>/checkpoints/step-00000120/
         model.safetensors     the network
         training.safetensors  optimiser, metric loss, random state: what only training needs
-        meta.json             format, step, config, preprocessing, best so far, SHA-256 of both
+        meta.json             format, step, config, preprocessing, origin of the pretrained start,
+                              best so far, SHA-256 of both
 
 Nothing here is ever unpickled. A checkpoint is written beside its final place, flushed to disk and
 renamed; one whose files do not have the hash that meta.json tells is refused.
@@ -28,16 +29,11 @@ from torch import Tensor
 from abe.config import Config
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
-from abe.model.ensemble import AttentionEnsemble, MHeads, MHeadsWithAttention, MTails
+from abe.model.ensemble import AttentionEnsemble
 from abe.runtime import write_json
+from abe.start import build_model
 
 FORMAT = 1
-NETWORKS = {
-    "abe": AttentionEnsemble,
-    "m-heads": MHeads,
-    "m-heads+att": MHeadsWithAttention,
-    "m-tails": MTails,
-}
 _MODEL, _TRAINING, _META = "model.safetensors", "training.safetensors", "meta.json"
 
 
@@ -57,6 +53,7 @@ class Checkpoint:
     step: int
     config: Config
     preprocessing: Preprocessing
+    weights: dict[str, str] | None
     best: Best | None
     model: dict[str, Tensor]
     training: dict[str, Tensor]
@@ -81,6 +78,7 @@ class Checkpoint:
                 step=meta["step"],
                 config=Config.from_json(meta["config"]),
                 preprocessing=Preprocessing.from_json(meta["preprocessing"]),
+                weights=meta["weights"],
                 best=Best(**meta["best"]) if meta["best"] else None,
                 model=tensors[_MODEL],
                 training=tensors[_TRAINING],
@@ -93,7 +91,7 @@ class Checkpoint:
             raise InputError(f"{path} is damaged: {error!r}") from None
 
     def build_model(self) -> AttentionEnsemble:
-        """The network with this checkpoint's weights, in evaluation mode."""
+        """The network with this checkpoint's weights, in evaluation mode, on the CPU."""
         model = build_model(self.config)
         model.load_state_dict(self.model)
         return model.eval()
@@ -102,18 +100,13 @@ class Checkpoint:
 _FILES = (_MODEL, _TRAINING)
 
 
-def build_model(config: Config) -> AttentionEnsemble:
-    """The network that a configuration describes, with random weights."""
-    settings = config.model.model_dump(exclude={"network", "weights"})
-    return NETWORKS[config.model.network](**settings)
-
-
 def save_checkpoint(
     folder: Path,
     *,
     step: int,
     config: Config,
     preprocessing: Preprocessing,
+    weights: dict[str, str] | None,
     best: Best | None,
     model: Mapping[str, Tensor],
     training: Mapping[str, Tensor],
@@ -132,6 +125,7 @@ def save_checkpoint(
         "step": step,
         "config": config.to_json(),
         "preprocessing": preprocessing.to_json(),
+        "weights": weights,
         "best": None if best is None else vars(best),
         "sha256": {name: _sha256(beside / name) for name in _FILES},
     }

@@ -105,7 +105,7 @@ def evaluate(
     from abe.results import append_record, scores_table
     from abe.train import evaluate_run
 
-    record = evaluate_run(run, data, err)
+    record = evaluate_run(run, data)
     append_record(results or run.parent / "runs.jsonl", record)
     out.print(scores_table([record]))
 

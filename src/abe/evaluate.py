@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abe.checkpoint import Best
+from abe.config import Config
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
+from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
 from abe.metrics import map_at_r, nmi, r_precision, recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
-from abe.runtime import Precision, autocast
+from abe.results import result_record
+from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
+from abe.start import start
 
 KS = (1, 2, 4, 8)  # of Tables 1 to 5
 Embedder = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> (B, M, d)
@@ -50,6 +55,72 @@ def embed(
         done += len(batch.labels)
         on_progress(done)
     return torch.cat(embeddings)
+
+
+def evaluate_test(
+    embedder: Embedder,
+    config: Config,
+    splits: Splits,
+    preprocessing: Preprocessing,
+    *,
+    best: Best | None = None,
+    weights: dict[str, str] | None = None,
+    method: str | None = None,
+) -> tuple[dict[str, Any], Tensor]:
+    """Embed and score the test images of a run.
+
+    Args:
+        embedder: as in `embed`.
+        config: says device, precision and what was run.
+        splits: of `config.data`, or other images to test on.
+        preprocessing: what the embedder expects.
+        best: the checkpoint that was picked, and by what score.
+        weights: origin of the pretrained start.
+        method: name of an embedder that is no trained network.
+
+    Returns:
+        The record of the result (`abe.results.result_record`), and the embeddings (N, M, d).
+    """
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    embeddings = embed(
+        embedder,
+        splits.test,
+        preprocessing,
+        device=device,
+        precision=precision,
+        workers=config.data.workers,
+    )
+    record = result_record(
+        config,
+        scores=score(embeddings, splits.test.labels, [k for k in KS if k < len(splits.test)]),
+        best=best,
+        data=splits.describe(),
+        weights=weights,
+        environment=environment(device) | {"precision": precision},
+        method=method,
+    )
+    return record, embeddings
+
+
+def evaluate_baselines(config: Config, splits: Splits) -> dict[str, tuple[dict[str, Any], Tensor]]:
+    """What trained networks are compared with: "raw pixels", and the "pretrained start" if any.
+
+    Returns:
+        By name the same as `evaluate_test`.
+
+    Raises:
+        InputError: the weights of the configuration cannot be used.
+    """
+    begin = start(config)
+    model = begin.model.to(choose_device(config.device)).eval()
+    embedders: dict[str, Embedder] = {"raw pixels": raw_pixels}
+    if begin.origin is not None:
+        embedders["pretrained start"] = pooled_features(model)
+    return {
+        name: evaluate_test(embedder, config, splits, begin.preprocessing, method=name)
+        for name, embedder in embedders.items()
+    }
 
 
 def raw_pixels(images: Tensor, side: int = 32) -> Tensor:

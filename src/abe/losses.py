@@ -158,13 +158,17 @@ def divergence_loss(
 
 
 def _squared_distances(vectors: Tensor) -> Tensor:
-    """Squared Euclidean distances within each set of n vectors; (*, n, d) -> (*, n, n)."""
+    """Squared Euclidean distances within each set of n vectors; (*, n, d) -> (*, n, n).
+
+    Rounding can leave a distance between nearly equal vectors just below 0. It is not clamped, so
+    that its gradient stays the difference of the two.
+    """
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     with torch.autocast(vectors.device.type, enabled=False):
         gram = vectors @ vectors.mT
     # The norms come from the same product, so that the diagonal is exactly 0.
     norms = gram.diagonal(dim1=-2, dim2=-1)
-    return (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp(min=0)
+    return norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram
 
 
 def _check_embeddings(embeddings: Tensor) -> None:

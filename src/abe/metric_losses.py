@@ -27,10 +27,19 @@ class PerLearnerLoss(nn.Module):
         self.losses = nn.ModuleList(losses)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """(B, M, d), (B,) -> (M,), in float32 whatever autocast says."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            learners = zip(self.losses, embeddings.float().unbind(1), strict=True)
-            return torch.stack([loss(learner, labels) for loss, learner in learners])
+        """(B, M, d), (B,) -> (M,), in float32 whatever autocast says.
+
+        Raises:
+            InputError: the loss refuses the batch; `SmoothAPLoss`, for one, wants equally many
+                images of every class.
+        """
+        learners = zip(self.losses, embeddings.float().unbind(1), strict=True)
+        try:
+            with torch.autocast(embeddings.device.type, enabled=False):
+                return torch.stack([loss(learner, labels) for loss, learner in learners])
+        except ValueError as error:
+            name = type(self.losses[0]).__name__
+            raise InputError(f"metric loss {name!r} refuses the batch: {error}") from error
 
 
 def metric_loss_from_spec(
@@ -125,8 +134,8 @@ def _nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def _trial(loss: nn.Module, learner_dim: int, num_classes: int) -> Tensor:
-    """The loss of 8 random unit vectors, two of a class where there are classes enough."""
-    generator = torch.Generator().manual_seed(0)
-    embeddings = F.normalize(torch.randn(8, learner_dim, generator=generator), dim=1)
+    """The loss of random unit vectors, two of each class, from four classes at most."""
+    labels = torch.arange(min(num_classes, 4)).repeat_interleave(2)
+    embeddings = torch.randn(len(labels), learner_dim, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return loss(embeddings, torch.arange(8) // 2 % num_classes)
+        return loss(F.normalize(embeddings, dim=1), labels)

@@ -121,7 +121,7 @@ def _prepare(vectors: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise InputError(f"{name} has shape {tuple(vectors.shape)}: expected (images, size)")
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     norms = vectors.square().sum(1)
-    if not norms.isfinite().all():
-        bad = int(norms.isfinite().logical_not().sum())
-        raise InputError(f"{name} has {bad} rows that are not finite, or too large to be squared")
+    if not (finite := norms.isfinite()).all():
+        row = int(finite.long().argmin())
+        raise InputError(f"{name} row {row} is not finite, or too large to be squared")
     return vectors, norms

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
 
 from abe.checkpoint import Best
 from abe.config import Config
-from abe.runtime import append_json_line
+from abe.runtime import append_json_line, write_json
 
 
 def method_name(config: Config) -> str:
@@ -58,6 +60,13 @@ def result_record(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": config.portable(),
     }
+
+
+def write_result(folder: Path, record: dict[str, Any], embeddings: Tensor) -> None:
+    """Leave a result in its run's folder: result.json and embeddings.safetensors (N, M, d)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    write_json(folder / "result.json", record)
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -7,11 +7,10 @@ augmentation count, they do not remember), so a resumed run repeats an uninterru
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from abe.checkpoint import (
     Best,
     Checkpoint,
-    build_model,
     checkpoints,
     load_latest,
     load_selected,
@@ -39,15 +36,13 @@ from abe.config import Config, TrainConfig
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
-from abe.data.transforms import Preprocessing
 from abe.errors import InputError
-from abe.evaluate import KS, embed, score
+from abe.evaluate import embed, evaluate_test
 from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
-from abe.model.weights import PretrainedWeights, load_pretrained, read_weights
-from abe.results import result_record
+from abe.results import write_result
 from abe.runtime import (
     StopSignal,
     append_json_line,
@@ -58,6 +53,7 @@ from abe.runtime import (
     read_json_lines,
     write_json,
 )
+from abe.start import start
 
 
 class Trainer:
@@ -85,12 +81,13 @@ class Trainer:
         self.splits: Splits = open_splits(config.data, config.protocol)
         self.sampler = _sampler(config, self.splits.train.labels)
 
-        torch.manual_seed(config.seed)
-        self.model = build_model(config)
-        self.preprocessing, self.weights, new_layers = self._start()
-        self.model.to(self.device)
+        self.start = start(config)
+        self.model = self.start.model.to(self.device)
+        self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
-        self.optimizer = _optimizer(config.train, self.model, self.metric_loss, new_layers)
+        self.optimizer = _optimizer(
+            config.train, self.model, self.metric_loss, self.start.new_layers
+        )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
         self.best: Best | None = None
@@ -199,20 +196,6 @@ class Trainer:
             )
         return loss
 
-    def _start(self) -> tuple[Preprocessing, dict[str, str] | None, set[str]]:
-        """Load the pretrained start; -> its preprocessing, its origin, parameters it left new."""
-        source = self.config.model.weights
-        if source is None:
-            return preprocessing_of(self.config, None), None, set()
-        weights = read_weights(source)
-        report = load_pretrained(self.model.backbone_parts(), weights)
-        self.run.mkdir(parents=True, exist_ok=True)
-        (self.run / "weights.txt").write_text(f"{report}\n", encoding="utf-8")
-        loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
-        new = {name for name, _ in self.model.named_parameters() if name not in loaded}
-        origin = {"source": weights.source, "sha256": weights.sha256}
-        return preprocessing_of(self.config, weights), origin, new
-
     def _metric_loss(self) -> tuple[nn.Module | None, Tensor]:
         """The loss in place of Eq. 10, if any, and label -> class index among those trained on."""
         classes = np.unique(self.splits.train.labels)
@@ -243,10 +226,11 @@ class Trainer:
             )
         self.run.mkdir(parents=True, exist_ok=True)
         write_json(self.run / "config.json", self.config.to_json())
+        (self.run / "weights.txt").write_text(f"{self.start.report}\n", encoding="utf-8")
         details = environment(self.device) | {
             "precision": self.precision,
             "data": self.splits.describe(),
-            "weights": self.weights,
+            "weights": self.start.origin,
         }
         write_json(self.run / "environment.json", details)
         if self.splits.skipped:
@@ -266,19 +250,16 @@ class Trainer:
         self._save()
 
     def _selection_recall(self) -> float:
-        embeddings = self._embed(self.model, self.splits.select)
-        labels = torch.as_tensor(self.splits.select.labels)
-        return recall_at_k(concat(embeddings), labels, [1])[1]
-
-    def _embed(self, model: AttentionEnsemble, images: Any) -> Tensor:
-        return embed(
-            model.eval(),
-            images,
+        embeddings = embed(
+            self.model.eval(),
+            self.splits.select,
             self.preprocessing,
             device=self.device,
             precision=self.precision,
             workers=self.config.data.workers,
         )
+        labels = torch.as_tensor(self.splits.select.labels)
+        return recall_at_k(concat(embeddings), labels, [1])[1]
 
     def _save(self) -> None:
         training = optimizer_tensors(self.optimizer)
@@ -291,6 +272,7 @@ class Trainer:
             step=self.step,
             config=self.config,
             preprocessing=self.preprocessing,
+            weights=self.start.origin,
             best=self.best,
             model=self.model.state_dict(),
             training=training,
@@ -314,21 +296,18 @@ class Trainer:
         beside.replace(log)
 
     def _finish(self) -> dict[str, Any]:
-        assert self.best is not None
         selected = load_selected(self.run)
-        test = self.splits.test
-        self.console.print(f"Scoring {len(test)} test images with step {selected.step} ...")
-        embeddings = self._embed(selected.build_model().to(self.device), test)
-        save_file({"embeddings": embeddings}, self.run / "embeddings.safetensors")
-        record = result_record(
+        count = len(self.splits.test)
+        self.console.print(f"Scoring {count} test images with step {selected.step} ...")
+        record, embeddings = evaluate_test(
+            selected.build_model().to(self.device),
             self.config,
-            scores=score(embeddings, test.labels, [k for k in KS if k < len(test)]),
+            self.splits,
+            self.preprocessing,
             best=self.best,
-            data=self.splits.describe(),
-            weights=self.weights,
-            environment=environment(self.device) | {"precision": self.precision},
+            weights=self.start.origin,
         )
-        write_json(self.run / "result.json", record)
+        write_result(self.run, record, embeddings)
         return record
 
     def _refuse(self, loss: float, batch: Batch) -> None:
@@ -384,12 +363,6 @@ class GateStatistics:
         return {"gate_mean": masks.mean().item(), "gate_std": masks.std().item()}
 
 
-def preprocessing_of(config: Config, weights: PretrainedWeights | None) -> Preprocessing:
-    """The channels, mean and scale that the weights came with, the run's sizes."""
-    carried = (weights and weights.preprocessing) or Preprocessing()
-    return dataclasses.replace(carried, resize=config.data.resize, crop=config.data.crop)
-
-
 def lr_factor(step: int, train: TrainConfig) -> float:
     """The rate at `step` as a fraction of `train.lr`: linear warm-up, then the schedule."""
     factor = _warm_up(step, train.warmup)
@@ -419,7 +392,7 @@ def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBala
 
 
 def _optimizer(
-    train: TrainConfig, model: nn.Module, metric_loss: nn.Module | None, new_layers: set[str]
+    train: TrainConfig, model: nn.Module, metric_loss: nn.Module | None, new_layers: Set[str]
 ) -> torch.optim.Optimizer:
     """Group by rate and decay: biases and norms do not decay, biases and new layers are faster."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -466,3 +439,31 @@ def _learner_cosine(embeddings: Tensor) -> float | None:
     cosines = torch.einsum("ipd,iqd->ipq", embeddings, embeddings).mean(0)
     between = cosines.sum() - cosines.diagonal().sum()
     return between.item() / (num_learners * (num_learners - 1))
+
+
+def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
+    """Score a run's selected checkpoint, or a checkpoint folder, on its test images.
+
+    Args:
+        path: the run or the checkpoint.
+        data: other images to test on, split as the run's own are; None for the run's own.
+
+    Returns:
+        The record of the result (see `abe.results`).
+
+    Raises:
+        InputError: the checkpoint or the data cannot be used.
+    """
+    checkpoint = load_selected(path)
+    config = checkpoint.config
+    if data is not None:
+        config = config.with_overrides([f"data.source={json.dumps(data)}"])
+    record, _ = evaluate_test(
+        checkpoint.build_model().to(choose_device(config.device)),
+        config,
+        open_splits(config.data, config.protocol),
+        checkpoint.preprocessing,
+        best=checkpoint.best,
+        weights=checkpoint.weights,
+    )
+    return record

@@ -1,0 +1,110 @@
+"""Section 4's preprocessing: pad to a square, crop, flip, and what the weights want of pixels.
+
+Images are uint8 RGB arrays (H, W, 3) until a batch of them reaches the device; only there are they
+turned into what the network was trained on (`Preprocessing.normalize`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from abe.errors import InputError
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects of an image; it travels with its weights.
+
+    The network's input is `(pixel - mean) * scale` with pixels 0..255, in the order of `channels`.
+    The defaults are those of Caffe's ImageNet weights.
+
+    Attributes:
+        channels: order of the network's input channels.
+        mean: subtracted, by channel.
+        scale: multiplied with, one for all channels or one for each.
+        resize: side of the padded square, pixels.
+        crop: side of the part that the network sees, pixels.
+
+    Raises:
+        InputError: `crop` is larger than `resize`, or either is below 1.
+    """
+
+    channels: Literal["RGB", "BGR"] = "BGR"
+    mean: Triple = (104.0, 117.0, 123.0)
+    scale: float | Triple = 1.0
+    resize: int = 256
+    crop: int = 224
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop <= self.resize:
+            raise InputError(
+                f"data.crop={self.crop} does not fit into data.resize={self.resize}: "
+                "make the crop the smaller one"
+            )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn RGB pixels into the network's input; uint8 (B, 3, H, W) -> float32 (B, 3, H, W).
+
+        Runs on the images' device and keeps their memory format.
+        """
+        if self.channels == "BGR":
+            images = images.flip(1)
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        scale = torch.tensor(self.scale, device=images.device).view(-1, 1, 1)
+        return (images - mean) * scale
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values; keys that are missing keep their defaults.
+
+        Raises:
+            InputError: an unknown key.
+        """
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(f"unknown preprocessing: {', '.join(sorted(unknown))}")
+        triples = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**triples)
+
+
+def pad_to_square(image: Image.Image, side: int) -> np.ndarray:
+    """Scale the longer side to `side`, keep the aspect, pad with black; -> (side, side, 3) uint8.
+
+    The image is centred; where one pixel is left over, it is padded at the bottom or right.
+    """
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    square = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = np.asarray(image)
+    return square
+
+
+def random_crop_and_flip(image: np.ndarray, crop: int, rng: np.random.Generator) -> np.ndarray:
+    """Training: a random crop, then a horizontal flip of every second one; -> (crop, crop, 3)."""
+    top, left = (int(rng.integers(length - crop + 1)) for length in image.shape[:2])
+    part = image[top : top + crop, left : left + crop]
+    return part[:, ::-1] if rng.random() < 0.5 else part
+
+
+def center_crop(image: np.ndarray, crop: int) -> np.ndarray:
+    """Testing: the middle; -> (crop, crop, 3)."""
+    top, left = ((length - crop) // 2 for length in image.shape[:2])
+    return image[top : top + crop, left : left + crop]

@@ -1,0 +1,183 @@
+"""What the report draws: charts in units of their plot area, and pictures as data URIs.
+
+A chart has no pixels and no colours: positions are percentages of the plot area, so that the page
+stretches the lines to any width while its text keeps its size, and colours follow light and dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+HISTOGRAM_BINS = 80  # over cosines from -1 to 1
+DRAWN_POINTS = 400  # of a line: more than a screen shows
+DOTTED_POINTS = 12  # of a line: up to here each of them is marked
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale: `low` is at 0 % of the plot area, `high` at 100 %."""
+
+    label: str
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def around(cls, label: str, low: float, high: float, *, whole: bool = False) -> Axis:
+        """The scale with round ends that holds `low` and `high`; `whole`: of integers."""
+        ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
+        return cls(label, ticks[0], ticks[-1], tuple(ticks.tolist()))
+
+    def percent(self, value: float) -> float:
+        """Where a value is."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A line or an area of a chart.
+
+    Attributes:
+        label: what it shows.
+        style: its class in the page's style sheet.
+        path: the `d` of an SVG path in a plot area of 100 x 100, y downwards.
+        dots: the same of points to be drawn with round caps.
+    """
+
+    label: str
+    style: str
+    path: str
+    dots: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Marks on two scales; `summary` says in words what they show."""
+
+    title: str
+    summary: str
+    x: Axis
+    y: Axis
+    marks: tuple[Mark, ...]
+
+
+def line_chart(title: str, y_label: str, lines: Mapping[str, tuple[str, Points]]) -> Chart | None:
+    """A quantity over the steps of training.
+
+    Args:
+        title: what is shown.
+        y_label: its name and unit.
+        lines: name -> (style, points); those without points are left out.
+
+    Returns:
+        None where no line has a point.
+    """
+    lines = {name: line for name, line in lines.items() if line[1]}
+    if not lines:
+        return None
+    steps, values = zip(*(point for _, points in lines.values() for point in points), strict=True)
+    x = Axis.around("step", min(steps), max(steps), whole=True)
+    y = Axis.around(y_label, min(values), max(values))
+    marks, summary = [], []
+    for name, (style, points) in lines.items():
+        shown = points[:: -(-len(points) // DRAWN_POINTS)]
+        at = [f"{x.percent(step)} {100 - y.percent(value):.2f}" for step, value in shown]
+        dots = "".join(f"M{position}h0" for position in at) if len(at) <= DOTTED_POINTS else ""
+        marks.append(Mark(name, style, "M" + "L".join(at), dots))
+        (first, start), (last, end) = points[0], points[-1]
+        summary.append(f"{name}: {start:.3g} at step {first:g}, {end:.3g} at step {last:g}")
+    return Chart(title, f"{title}, {y_label}. {'; '.join(summary)}.", x, y, tuple(marks))
+
+
+def histogram(values: Tensor) -> NDArray[np.int64]:
+    """Counts of cosines in `HISTOGRAM_BINS` equal bins from -1 to 1; rounding beyond is clipped."""
+    counts, _ = np.histogram(values.clamp(-1, 1).numpy(), HISTOGRAM_BINS, (-1, 1))
+    return counts
+
+
+def histogram_chart(title: str, cosines: Mapping[str, Tensor]) -> Chart:
+    """The histograms of Fig. 5, each in per cent of its own pairs; the kinds are the styles."""
+    edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
+    shares = {
+        kind: 100 * histogram(values) / len(values)
+        for kind, values in cosines.items()
+        if len(values)
+    }
+    occupied = np.flatnonzero(sum(shares.values()))
+    x = Axis.around("cosine", min(edges[occupied[0]], 0), 1)
+    y = Axis.around("% of pairs", 0, max(share.max() for share in shares.values()))
+    marks = []
+    for kind, share in shares.items():
+        bins = slice(*np.flatnonzero(share)[[0, -1]] + (0, 1))
+        path = f"M{x.percent(edges[bins.start])} 100" + "".join(
+            f"V{100 - y.percent(height):.2f}H{x.percent(right)}"
+            for height, right in zip(share[bins], edges[1:][bins], strict=True)
+        )
+        marks.append(Mark(kind, kind, path + "V100"))
+    means = ", ".join(f"{kind} {cosines[kind].mean():.2f}" for kind in shares)
+    return Chart(title, f"Cosines of pairs, {title}. Means: {means}.", x, y, tuple(marks))
+
+
+def overlays(picture: NDArray[np.uint8], masks: Tensor) -> list[Image.Image]:
+    """Masks over the grey picture: dark where they are closed, bright where they are open.
+
+    The contrast is stretched from the lowest to the highest value of all the masks given, which
+    are therefore comparable with each other and with nothing else.
+
+    Args:
+        picture: (H, W, 3), what the network saw.
+        masks: (M, h, w), one of each learner.
+    """
+    low, high = masks.min(), masks.max()
+    stretched = (masks - low) / (high - low).clamp(min=torch.finfo(masks.dtype).tiny)
+    size = (picture.shape[1], picture.shape[0])
+    grey = np.asarray(Image.fromarray(picture).convert("L"), np.float32)[..., None] / 255
+    images = []
+    for mask in stretched:
+        smooth = Image.fromarray(mask.float().numpy()).resize(size, Image.Resampling.BICUBIC)
+        heat = colormaps["inferno"](np.asarray(smooth).clip(0, 1))[..., :3]
+        blend = 255 * (0.35 * grey + 0.65 * heat * (0.35 + 0.65 * grey))
+        images.append(Image.fromarray(blend.clip(0, 255).astype(np.uint8)))
+    return images
+
+
+def selective_channels(masks: Tensor, count: int) -> list[int]:
+    """The channels in which learners differ most: variance over learners, mean over places.
+
+    Args:
+        masks: (B, M, K, h, w), of one network.
+        count: how many of the K channels.
+    """
+    spread = masks.var(dim=1, correction=0).mean(dim=(0, 2, 3))  # (K,)
+    return spread.topk(min(count, len(spread))).indices.tolist()
+
+
+def data_uri(image: Image.Image, side: int) -> str:
+    """A picture within `side` x `side` pixels as a URI that holds it."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=78, method=4)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def series(log: Iterable[Mapping[str, object]], key: str, factor: float = 1) -> Points:
+    """(step, value) of the lines of a metrics.jsonl that have a number of that name."""
+    return [
+        (float(line["step"]), factor * float(line[key]))  # type: ignore[arg-type]
+        for line in log
+        if line.get(key) is not None
+    ]

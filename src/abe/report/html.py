@@ -1,0 +1,463 @@
+"""`abe report`: one page about finished runs that needs no other file and asks no server.
+
+N test images in order, M learners; every figure on the page is computed from the runs' folders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path, PurePath
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from abe.checkpoint import load_selected
+from abe.config import Config
+from abe.data.datasets import LabelledImages
+from abe.data.loader import evaluation_batches
+from abe.data.splits import open_splits
+from abe.errors import InputError
+from abe.evaluate import pair_cosines
+from abe.model.ensemble import concat
+from abe.neighbors import nearest_neighbors
+from abe.report import figures
+from abe.runtime import read_json_lines
+
+QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at the first rank
+RESULTS = 5  # of each query
+CHANNELS, CHANNEL_IMAGES = 3, 2  # single channels of the masks, and the images they are shown on
+OUTER_LAYERS = 3  # at either end, whose update-to-weight ratios are listed
+THUMBNAIL = 112  # pixels
+STYLES = 8  # of lines, in the page's style sheet
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the folder of a run, or of a baseline, holds.
+
+    Attributes:
+        label: the method, and what tells the run from others of the same method.
+        config: with the data's full path; None for a baseline, which was not trained.
+        log: the lines of metrics.jsonl.
+        embeddings: (N, M, d); a baseline may have none.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    label: str
+    config: Config | None
+    log: list[dict[str, Any]]
+    embeddings: Tensor | None
+
+    @cached_property
+    def ensemble(self) -> Tensor:
+        """Embeddings of the ensemble; (N, D)."""
+        assert self.embeddings is not None
+        return concat(self.embeddings)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there are masks to show."""
+        return self.config is not None and self.config.model.network in {"abe", "m-heads+att"}
+
+    @property
+    def recall(self) -> float:
+        """Recall@1 of the ensemble on the test images."""
+        return self.record["scores"]["ensemble"]["recall@1"]
+
+    @property
+    def learners_recall(self) -> list[float]:
+        """Recall@1 of each learner on the test images."""
+        return [learner["recall@1"] for learner in self.record["scores"]["learners"]]
+
+    @property
+    def preference(self) -> tuple[bool, float]:
+        """The greatest names the run that the page is about; test scores have no say in it."""
+        return self.record["protocol"] == "val", self.record["selection_recall@1"]
+
+
+def write_report(runs: Sequence[Path], output: Path, console: Console | None = None) -> None:
+    """Write a page about runs on the same test images.
+
+    Args:
+        runs: folders of finished runs and of baselines, at least one of a run.
+        output: the HTML file; replaced if it exists.
+        console: where to report.
+
+    Raises:
+        InputError: a run that is not finished or damaged, runs on different test images, images
+            that are no longer where the run found them, or an `output` that cannot be written.
+    """
+    console = console or Console(stderr=True)
+    loaded = _label([_read(path) for path in dict.fromkeys(runs)])
+    _check_same_data(loaded)
+    trained = [run for run in loaded if run.config]
+    if not trained:
+        raise InputError("only baselines: give the folder of at least one trained run")
+    trained.sort(key=lambda run: run.preference, reverse=True)
+    featured = trained[0]
+    styles = {run.label: f"line-{number % STYLES}" for number, run in enumerate(trained)}
+    attentive = next((run for run in trained if run.has_attention), None)
+
+    console.print(f"Opening the test images of {featured.path} ...")
+    test = _open_test(featured)
+    queries = _choose_queries(featured.ensemble, test.labels)
+    console.print("Drawing ...")
+    page = _template().render(
+        featured=featured,
+        runs=loaded,
+        trained=trained,
+        compared=_compared(featured, loaded),
+        queries=int((np.bincount(test.labels)[test.labels] > 1).sum()),
+        columns=[k for k in featured.record["scores"]["ensemble"] if k.startswith("recall@")],
+        styles=styles,
+        curves=_curves(trained, styles),
+        histograms=_histograms(trained, test.labels),
+        attentive=attentive,
+        masks=attentive and _masks(attentive, test, queries),
+        retrieved=_retrieved(featured, loaded, test, queries),
+        facts=_facts(loaded),
+        settings=_differing_settings(trained),
+        updates={run.label: _updates(run.log) for run in trained},
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+
+
+def _read(path: Path) -> Run:
+    """What a folder holds; its label is the method alone."""
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: give the folder of a run")
+    if not (path / "result.json").exists():
+        if (path / "config.json").exists():
+            raise InputError(f"{path} is not finished: go on with `abe train --resume {path}`")
+        raise InputError(f"{path} has no result.json: give the folder of a finished run")
+    record = _read_json(path / "result.json")
+    try:
+        trained = record["selected_step"] is not None
+        images = record["data"]["test_images"]
+        label = record["method"]
+        _ = record["scores"]["ensemble"]["recall@1"], record["config"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path / 'result.json'} is no result of this version of abe ({error}): train again"
+        ) from None
+    embeddings = path / "embeddings.safetensors"
+    return Run(
+        path=path,
+        record=record,
+        label=label,
+        config=Config.from_json(_read_json(path / "config.json")) if trained else None,
+        log=read_json_lines(path / "metrics.jsonl") if trained else [],
+        embeddings=_read_embeddings(embeddings, images) if trained or embeddings.exists() else None,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _read_embeddings(path: Path, images: int) -> Tensor:
+    try:
+        embeddings = load_file(path)["embeddings"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({error}): train again") from None
+    if embeddings.ndim != 3 or len(embeddings) != images:
+        raise InputError(
+            f"{path} holds {tuple(embeddings.shape)}, result.json beside it tells of {images} "
+            "test images: they are not of the same run"
+        )
+    return embeddings
+
+
+def _label(runs: list[Run]) -> list[Run]:
+    """Tell runs of the same method apart by the settings that differ, or else by their folders."""
+    labelled = []
+    for run in runs:
+        same = [other for other in runs if other.label == run.label]
+        settings = _flatten(run.record["config"])
+        differing = _differing([_flatten(other.record["config"]) for other in same])
+        detail = ", ".join(f"{key.rpartition('.')[2]} {settings.get(key)}" for key in differing)
+        labelled.append(
+            replace(run, label=f"{run.label} ({detail or run.path})") if len(same) > 1 else run
+        )
+    return labelled
+
+
+def _check_same_data(runs: list[Run]) -> None:
+    first, *others = runs
+    keys = ("name", "test_images", "test_classes")
+    for other in others:
+        one, two = ([run.record["data"][key] for key in keys] for run in (first, other))
+        if one != two:
+            raise InputError(
+                f"{first.path} was tested on {one[0]} ({one[1]} images of {one[2]} classes) and "
+                f"{other.path} on {two[0]} ({two[1]} images of {two[2]} classes): "
+                "write a report of each"
+            )
+
+
+def _open_test(run: Run) -> LabelledImages:
+    """The test images of a run, read from where they are when they are asked for."""
+    assert run.config is not None
+    advice = f"put the images back, or correct data.source in {run.path / 'config.json'}"
+    try:
+        data = run.config.data.model_copy(update={"cache": False})
+        test = open_splits(data, run.config.protocol).test
+    except InputError as error:
+        raise InputError(f"the images of {run.path} cannot be opened: {error}; {advice}") from None
+    if len(test) != run.record["data"]["test_images"]:
+        raise InputError(
+            f"{run.path} was tested on {run.record['data']['test_images']} images, "
+            f"{run.config.data.source} has {len(test)} now: {advice}"
+        )
+    return test
+
+
+def _compared(featured: Run, runs: list[Run]) -> list[Run]:
+    """What the finding names beside the run that the page is about: baselines, or else runs."""
+    others = [run for run in runs if not run.config] or [r for r in runs if r is not featured]
+    return sorted(others, key=lambda run: run.recall, reverse=True)[:2]
+
+
+def _curves(runs: list[Run], styles: dict[str, str]) -> list[figures.Chart]:
+    ensembles = [run for run in runs if len(run.learners_recall) > 1]
+    protocols = {run.record["protocol"] for run in runs}
+    selection = "held-out classes" if protocols == {"val"} else "selection images"
+    charts = [
+        figures.line_chart(
+            title,
+            y_label,
+            {
+                run.label: (styles[run.label], figures.series(run.log, key, factor))
+                for run in chosen
+            },
+        )
+        for title, y_label, key, factor, chosen in (
+            (f"Recall@1 on {selection}", "%", "recall_at_1", 100, runs),
+            ("Loss", "Eq. 8", "loss", 1, runs),
+            ("Divergence loss", "Eq. 9", "divergence", 1, ensembles),
+            ("Learners' cosine", "mean over pairs", "learner_cosine", 1, ensembles),
+        )
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _histograms(runs: list[Run], labels: NDArray[np.int64]) -> list[figures.Chart]:
+    """Fig. 5 for each run."""
+    classes = torch.as_tensor(labels)
+    return [
+        figures.histogram_chart(run.label, pair_cosines(run.embeddings, classes))
+        for run in runs
+        if run.embeddings is not None
+    ]
+
+
+def _choose_queries(ensemble: Tensor, labels: NDArray[np.int64]) -> list[int]:
+    """Images spread evenly over those whose first result is right, and over those where not."""
+    nearest = nearest_neighbors(ensemble, None, 1).indices[:, 0].numpy()
+    right = labels[nearest] == labels
+    has_match = np.bincount(labels)[labels] > 1
+    failures = _spread(np.flatnonzero(~right & has_match), FAILED_QUERIES)
+    return _spread(np.flatnonzero(right), QUERIES - len(failures)) + failures
+
+
+def _spread(indices: NDArray[np.intp], count: int) -> list[int]:
+    count = min(count, len(indices))
+    return indices[(np.arange(count) + 0.5).astype(int) * len(indices) // max(count, 1)].tolist()
+
+
+def _masks(run: Run, test: LabelledImages, queries: list[int]) -> dict[str, Any]:
+    """Fig. 6: what each learner lets through, by the run's selected checkpoint."""
+    checkpoint = load_selected(run.path)
+    chosen = test.select(np.array(queries))
+    (batch,) = evaluation_batches(chosen, checkpoint.preprocessing, len(queries), 0)
+    with torch.inference_mode():
+        pixels = checkpoint.preprocessing.normalize(batch.images)
+        masks = checkpoint.build_model().attention_masks(pixels)  # (B, M, K, h, w)
+    crops = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def row(image: int, learners: Tensor, channel: int | None = None) -> dict[str, Any]:
+        return {
+            "picture": figures.data_uri(Image.fromarray(crops[image]), THUMBNAIL),
+            "class_name": test.class_names[int(chosen.labels[image])],
+            "channel": channel,
+            "low": learners.min().item(),
+            "high": learners.max().item(),
+            "learners": [
+                figures.data_uri(overlay, THUMBNAIL)
+                for overlay in figures.overlays(crops[image], learners)
+            ],
+        }
+
+    channels = figures.selective_channels(masks, CHANNELS)
+    return {
+        "means": [row(image, masks[image].mean(1)) for image in range(len(queries))],
+        "channels": [
+            row(image, masks[image, :, channel], channel)
+            for channel in channels
+            for image in range(min(CHANNEL_IMAGES, len(queries)))
+        ],
+    }
+
+
+def _retrieved(
+    featured: Run, runs: list[Run], test: LabelledImages, queries: list[int]
+) -> list[dict[str, Any]]:
+    """The first results of each query: by one run of each method, by the learners of `featured`."""
+    methods = {run.record["method"]: run for run in reversed(runs) if run.embeddings is not None}
+    methods |= {featured.record["method"]: featured}
+    ensembles = {
+        run.label: _search(run.ensemble, queries)
+        for run in sorted(methods.values(), key=lambda run: run.recall, reverse=True)
+    }
+    assert featured.embeddings is not None
+    learners = {
+        f"learner {number}": _search(learner, queries)
+        for number, learner in enumerate(featured.embeddings.unbind(1), start=1)
+    }
+
+    @cache
+    def image(index: int) -> dict[str, Any]:
+        square = ImageOps.fit(test.load(index), (THUMBNAIL, THUMBNAIL))
+        return {
+            "picture": figures.data_uri(square, THUMBNAIL),
+            "class_name": test.class_names[int(test.labels[index])],
+            "file": PurePath(test.describe(index)).name,
+        }
+
+    def rows(searches: dict[str, list[list[int]]], number: int) -> list[dict[str, Any]]:
+        own = test.labels[queries[number]]
+        return [
+            {
+                "name": name,
+                "results": [
+                    image(index) | {"right": bool(test.labels[index] == own)}
+                    for index in found[number]
+                ],
+            }
+            for name, found in searches.items()
+        ]
+
+    return [
+        {
+            "query": image(query),
+            "ensembles": rows(ensembles, number),
+            "learners": rows(learners, number) if len(learners) > 1 else [],
+        }
+        for number, query in enumerate(queries)
+    ]
+
+
+def _search(embeddings: Tensor, queries: list[int]) -> list[list[int]]:
+    """The nearest other images of each query, nearest first; the query is left out by index."""
+    k = min(RESULTS + 1, len(embeddings))
+    found = nearest_neighbors(embeddings[queries], embeddings, k).indices.tolist()
+    return [
+        [index for index in indices if index != query][:RESULTS]
+        for query, indices in zip(queries, found, strict=True)
+    ]
+
+
+def _facts(runs: list[Run]) -> dict[str, list[str]]:
+    """What identifies each run; fact -> one value for each run."""
+
+    def of(run: Run) -> dict[str, Any]:
+        record, software = run.record, run.record["environment"]
+        weights = record["weights"] or {"source": "random", "sha256": ""}
+        return {
+            "Folder": run.path,
+            "Configuration": record["config_digest"],
+            "Seed": record["seed"],
+            "Selected step": record["selected_step"],
+            "Weights": f"{PurePath(weights['source']).name} {weights['sha256'][:12]}",
+            "Date": record["date"],
+            "abe": " ".join(filter(None, (software["abe"], software["commit"]))),
+            "Python, torch": f"{software['python']}, {software['torch']}",
+            "Hardware": software["gpu"] or f"{software['cpu']}, {software['threads']} threads",
+            "Precision": software["precision"],
+        }
+
+    facts = [of(run) for run in runs]
+    return {name: [_text(fact[name]) for fact in facts] for name in facts[0]}
+
+
+def _differing_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """Settings that are not the same in all runs; setting -> one value for each run."""
+    configs = [_flatten(run.record["config"]) for run in runs]
+    return {key: [_text(config.get(key)) for config in configs] for key in _differing(configs)}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _differing(configs: list[dict[str, Any]]) -> list[str]:
+    first, *others = configs
+    return [key for key in first if any(other.get(key) != first[key] for other in others)]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _updates(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Update-to-weight ratios of the outermost layers over the logged steps."""
+    logged = [line["update_to_weight"] for line in log if line.get("update_to_weight")]
+    if not logged:
+        return []
+    layers = list(logged[0])
+    outermost = dict.fromkeys(layers[:OUTER_LAYERS] + layers[-OUTER_LAYERS:])
+    return [
+        {
+            "layer": layer,
+            "first": logged[0][layer],
+            "median": median(ratios[layer] for ratios in logged),
+            "last": logged[-1][layer],
+        }
+        for layer in outermost
+    ]
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("abe", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda fraction: f"{100 * fraction:.1f}"
+    environment.filters["method"] = _superscript
+    return environment.get_template("report.html.jinja")
+
+
+def _superscript(method: str) -> Markup:
+    """The paper's ABE-8^512, with the size of the embedding raised."""
+    return Markup(re.sub(r"\^(\d+)", r"<sup>\1</sup>", escape(method)))

@@ -1,0 +1,68 @@
+"""The network that a run begins with: built from its configuration, loaded with what is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from abe.config import Config
+from abe.data.transforms import Preprocessing
+from abe.model.ensemble import AttentionEnsemble, MHeads, MHeadsWithAttention, MTails
+from abe.model.weights import load_pretrained, read_weights
+
+NETWORKS: dict[str, type[AttentionEnsemble]] = {
+    "abe": AttentionEnsemble,
+    "m-heads": MHeads,
+    "m-heads+att": MHeadsWithAttention,
+    "m-tails": MTails,
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network before its first step.
+
+    Attributes:
+        model: on the CPU.
+        preprocessing: the channels, mean and scale that the weights came with, the run's sizes.
+        origin: "source" and "sha256" of the weights; None for a random start.
+        new_layers: parameters that no pretrained weight reached, empty for a random start.
+        report: what was loaded, and what was not, for a person to read.
+    """
+
+    model: AttentionEnsemble
+    preprocessing: Preprocessing
+    origin: dict[str, str] | None
+    new_layers: frozenset[str]
+    report: str
+
+
+def build_model(config: Config) -> AttentionEnsemble:
+    """The network that a configuration describes, with random weights."""
+    settings = config.model.model_dump(exclude={"network", "weights"})
+    return NETWORKS[config.model.network](**settings)
+
+
+def start(config: Config) -> Start:
+    """Build the network with weights drawn from `config.seed`, and load its pretrained start.
+
+    Raises:
+        InputError: the weights cannot be read, or do not fit.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    size = {"resize": config.data.resize, "crop": config.data.crop}
+    if config.model.weights is None:
+        return Start(model, Preprocessing(**size), None, frozenset(), "random weights")
+    weights = read_weights(config.model.weights)
+    report = load_pretrained(model.backbone_parts(), weights)
+    loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
+    return Start(
+        model,
+        dataclasses.replace(weights.preprocessing or Preprocessing(), **size),
+        {"source": weights.source, "sha256": weights.sha256},
+        frozenset(name for name, _ in model.named_parameters()) - loaded,
+        str(report),
+    )
