@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from abe.checkpoint import Best
 from abe.config import Config
@@ -134,7 +134,7 @@ def pooled_features(model: AttentionEnsemble) -> Embedder:
     What a pretrained start knows before any metric learning.
     """
     spatial, *_ = model.spatial
-    before_linear = model.embedding[0][:-1]  # type: ignore[index]
+    before_linear = nn.Sequential(*list(model.embedding[0].children())[:-1])
     return lambda images: F.normalize(before_linear(spatial(images)).float(), dim=1).unsqueeze(1)
 
 

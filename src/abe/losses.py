@@ -89,9 +89,9 @@ def contrastive_loss(
             "per_image": B, as the paper prints it (its N is the number of images).
             "sum": 1.
             "balanced": each sum by its own number of pairs (i != j), those of the negative sum
-            being the active ones, [margin - D^2]_+ > 0. Not the paper's: a batch of 64 has some
-            40 positive and 4,000 negative ordered pairs, and with one common factor the negative
-            ones outweigh the rest. A sum without pairs is 0.
+            being the active ones, [margin - D^2]_+ > 0. Not the paper's: its batch of 64 has some
+            4,000 negative ordered pairs and mostly fewer than 100 positive ones, which a common
+            factor lets them outweigh. A sum without pairs is 0.
 
     Returns:
         (M,).
@@ -127,8 +127,8 @@ def divergence_loss(
     """Eq. 9: [margin - D^2]_+ between two learners' embeddings of the same image.
 
     The sum runs over images and ordered pairs of learners p != q, so each unordered pair counts
-    twice. Departing from the double sum as printed, p = q is left out: it adds the constant
-    margin. Embeddings of different images never meet.
+    twice. The paper prints no condition on p and q, but defines a self pair by "two different
+    learners": p = q, which would add a constant, is left out. Different images never meet.
 
     Args:
         embeddings: (B, M, d).

@@ -64,6 +64,7 @@ class AttentionEnsemble(nn.Module):
         self.num_learners = num_learners
         self.embedding_dim = embedding_dim
         self.learner_dim = learner_dim(num_learners, embedding_dim)
+        self.attention_width = attention_width
         self.backbone = get_backbone(backbone)
         cut = branch_point or self.backbone.branch_point
 
@@ -113,9 +114,12 @@ class AttentionEnsemble(nn.Module):
         return self._masks(self.spatial[0](images))
 
     def backbone_parts(self) -> Mapping[str, nn.Module]:
-        """The parts that start from pretrained weights, under their names in the state dict."""
+        """The parts that start from pretrained weights, under their names in the state dict.
+
+        A trunk of another width than the backbone's has no pretrained weights.
+        """
         parts = {f"spatial.{i}": part for i, part in enumerate(self.spatial)}
-        if self.attention_trunk is not None:
+        if self.attention_trunk is not None and self.attention_width == 1:
             parts["attention_trunk"] = self.attention_trunk
         return parts | {f"embedding.{i}": part for i, part in enumerate(self.embedding)}
 
