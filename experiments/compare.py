@@ -37,12 +37,12 @@ class Method:
     rates: tuple[float, ...]
 
 
-def balanced(*settings: str, rates: tuple[float, ...] = (0.003, 0.01, 0.03)) -> Method:
+def balanced(*settings: str, rates: tuple[float, ...] = (0.01, 0.03)) -> Method:
     """Eq. 10 with each kind of pair averaged by itself, lambda_div 0.1."""
     return Method(settings, rates)
 
 
-def as_printed(*settings: str, rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)) -> Method:
+def as_printed(*settings: str, rates: tuple[float, ...] = (1e-4, 3e-4)) -> Method:
     """Eqs. 8-10 as printed."""
     loss = ("train.normalization=per_image", "train.divergence_weight=1")
     return Method((*settings, *loss), rates)

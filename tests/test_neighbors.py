@@ -124,6 +124,13 @@ def test_scores_are_float32_under_autocast_and_for_half_precision():
     assert nearest_neighbors(query.bfloat16(), None, 5).scores.dtype == torch.float32
 
 
+def test_the_query_decides_the_precision():
+    query, gallery = random_vectors(5).double(), random_vectors(9, seed=1)
+    exact = nearest_neighbors(query, gallery.double(), 3)
+    assert torch.equal(nearest_neighbors(query, gallery, 3).scores, exact.scores)
+    assert nearest_neighbors(query.float(), gallery.double(), 3).scores.dtype == torch.float32
+
+
 def test_no_graph_is_kept():
     assert not nearest_neighbors(random_vectors(5).requires_grad_(), None, 2).scores.requires_grad
 

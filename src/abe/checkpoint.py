@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,15 +152,22 @@ def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:
 
 
 def load_latest(run: Path) -> Checkpoint:
-    """The newest checkpoint of a run, to go on from.
+    """The newest checkpoint of a run that is whole, to go on from; a damaged one is warned of.
 
     Raises:
-        InputError: the run has no checkpoint, or its newest one is damaged.
+        InputError: the run has no checkpoint, or only damaged ones.
     """
     paths = checkpoints(run)
     if not paths:
-        raise InputError(f"{run} holds no checkpoint to go on from: give the folder of a run")
-    return Checkpoint.load(paths[-1])
+        raise InputError(f"{run} holds no checkpoint: give the folder of a run")
+    for path in reversed(paths):
+        try:
+            return Checkpoint.load(path)
+        except InputError as error:
+            if path == paths[0]:
+                raise
+            warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=2)
+    raise AssertionError("unreachable")
 
 
 def load_selected(path: Path) -> Checkpoint:

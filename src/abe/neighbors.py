@@ -34,8 +34,8 @@ def nearest_neighbors(
     """The k most similar gallery items of each query, by exhaustive search.
 
     Equal scores are ordered by gallery index, so the answer does not depend on the blocks as long
-    as the scores do not. Scores are computed in float32 whatever autocast says (float64 stays
-    float64) and compared as computed: in general a matrix product rounds by position, so two
+    as the scores do not. Scores are computed in float32 whatever autocast says (in float64 for a
+    float64 query) and compared as computed: in general a matrix product rounds by position, so two
     copies of a vector may differ in the last bit.
 
     Args:
@@ -61,7 +61,7 @@ def nearest_neighbors(
     if gallery is None:
         gallery = query
     else:
-        gallery, norms = _prepare(gallery, "gallery")
+        gallery, norms = _prepare(gallery.to(query.dtype), "gallery")
     if query.shape[1] != gallery.shape[1]:
         raise InputError(
             f"query has {query.shape[1]} columns and gallery {gallery.shape[1]}: "

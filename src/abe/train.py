@@ -151,30 +151,15 @@ class Trainer:
         train = self.config.train
         started = time.perf_counter()
         logged = self.step % train.log_every == 0
+        self.model.train()
+        gates = GateStatistics(self.model) if logged else None
+        loss, embeddings = self._loss(batch)
+        if not math.isfinite(loss.total.item()):
+            self._refuse(loss.total.item(), batch)
+
         factor = lr_factor(self.step, train)
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * factor
-
-        self.model.train()
-        gates = GateStatistics(self.model) if logged else None
-        labels = batch.labels.to(self.device)
-        images = self.preprocessing.normalize(batch.images.to(self.device, non_blocking=True))
-        with autocast(self.device, self.precision):
-            raw = self.model(images, normalize=False)  # (B, M, d)
-        embeddings = F.normalize(raw, dim=-1)
-        loss = ensemble_loss(
-            embeddings,
-            labels,
-            metric_loss=self._applied_metric_loss(raw),
-            margin=train.margin,
-            normalization=train.normalization,
-            divergence_weight=train.divergence_weight
-            * _warm_up(self.step, train.divergence_warmup),
-            divergence_margin=train.divergence_margin,
-            divergence_normalization=train.divergence_normalization,
-        )
-        if not math.isfinite(loss.total.item()):
-            self._refuse(loss.total.item(), batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -182,19 +167,39 @@ class Trainer:
         before = _weights(self.model) if logged else {}
         self.optimizer.step()
         self.step += 1
-        if logged:
+        if gates is not None:
             self._log(
                 loss=loss.total.item(),
                 metric=loss.metric.tolist(),
                 divergence=loss.divergence.item(),
-                lr=self.config.train.lr * factor,
+                lr=train.lr * factor,
                 grad_norm=grad_norm.item(),
                 learner_cosine=_learner_cosine(embeddings.detach()),
                 update_to_weight=_update_ratios(before, _weights(self.model)),
-                images_per_second=len(labels) / (time.perf_counter() - started),
-                **(gates.read() if gates else {}),
+                images_per_second=len(batch.labels) / (time.perf_counter() - started),
+                **gates.read(),
             )
         return loss
+
+    def _loss(self, batch: Batch) -> tuple[EnsembleLoss, Tensor]:
+        """Eq. 8 on a batch; -> the loss, and the unit embeddings (B, M, d) that it is taken of."""
+        train = self.config.train
+        pixels = self.preprocessing.normalize(batch.images.to(self.device, non_blocking=True))
+        with autocast(self.device, self.precision):
+            raw = self.model(pixels, normalize=False)  # (B, M, d)
+        embeddings = F.normalize(raw, dim=-1)
+        warm_up = _warm_up(self.step, train.divergence_warmup)
+        loss = ensemble_loss(
+            embeddings,
+            batch.labels.to(self.device),
+            metric_loss=self._applied_metric_loss(raw),
+            margin=train.margin,
+            normalization=train.normalization,
+            divergence_weight=train.divergence_weight * warm_up,
+            divergence_margin=train.divergence_margin,
+            divergence_normalization=train.divergence_normalization,
+        )
+        return loss, embeddings
 
     def _metric_loss(self) -> tuple[nn.Module | None, Tensor]:
         """The loss in place of Eq. 10, if any, and label -> class index among those trained on."""
@@ -349,7 +354,7 @@ class GateStatistics:
     def __init__(self, model: AttentionEnsemble) -> None:
         self._masks: Tensor | None = None
         heads = model.attention_heads
-        self._hook = heads and heads.register_forward_hook(self._keep)
+        self._hook = None if heads is None else heads.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
         self._masks = masks.detach()

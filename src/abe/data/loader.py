@@ -1,11 +1,12 @@
 """From a data set to batches of uint8 images, the same for any number of worker processes.
 
-Shapes: B images of H = W = `preprocessing.crop` pixels.
+Shapes: B images of H = W = `preprocessing.crop` pixels, N images in a data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
 
@@ -35,7 +36,7 @@ class BatchSampler(Protocol):
     """What the samplers of `abe.data.samplers` have in common."""
 
     def batch(self, step: int) -> np.ndarray:
-        """Indices of the images of a step."""
+        """Indices of the images of a step; -> (B,)."""
         ...
 
 
@@ -51,16 +52,14 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to `stop_step - 1`, randomly cropped and flipped.
 
-    The crop of an image depends on the seed, the step and its place in the batch alone.
+    The crop of an image depends on the seed, the step and its place in the batch alone, so neither
+    the number of workers nor the step that a run is resumed from changes a pixel.
 
     Raises:
         InputError: an image cannot be read.
     """
-    batches = (
-        [_Draw(int(index), (seed, step, place)) for place, index in enumerate(sampler.batch(step))]
-        for step in range(start_step, stop_step)
-    )
-    yield from _load(images, preprocessing, batches, workers)
+    batches = _Batches(images, sampler, preprocessing, seed)
+    return _load(batches, range(start_step, stop_step), workers)
 
 
 def evaluation_batches(
@@ -71,20 +70,20 @@ def evaluation_batches(
     Raises:
         InputError: an image cannot be read.
     """
-    batches = (
-        [_Draw(index) for index in range(first, min(first + batch_size, len(images)))]
-        for first in range(0, len(images), batch_size)
-    )
-    yield from _load(images, preprocessing, batches, workers)
+    batches = _Batches(images, _InOrder(len(images), batch_size), preprocessing)
+    return _load(batches, range(-(-len(images) // batch_size)), workers)
 
 
 @dataclass(frozen=True, eq=False)
 class CachedImages:
-    """A data set that keeps its padded squares in memory, made by `cache_decoded`."""
+    """A data set whose padded squares are in memory, made by `cache_decoded`.
+
+    The loader takes the squares; `load` still gives the image as the source has it.
+    """
 
     source: LabelledImages
     squares: np.ndarray
-    """uint8, (N, side, side, 3), shared by all selections."""
+    """uint8, (N, side, side, 3), of all images that were cached; selections share it."""
     rows: np.ndarray
     """int64, (len(self),): where in `squares`."""
 
@@ -107,7 +106,7 @@ class CachedImages:
         return len(self.source)
 
     def load(self, index: int) -> Image.Image:
-        """The image as the source has it."""
+        """As the source's."""
         return self.source.load(index)
 
     def describe(self, index: int) -> str:
@@ -119,73 +118,95 @@ class CachedImages:
         return replace(self, source=self.source.select(indices), rows=self.rows[indices])
 
 
-def cache_decoded(images: LabelledImages, side: int) -> CachedImages:
-    """Decode every image once, to padded squares of `side` pixels: 3 * side * side bytes each.
+def cache_decoded(images: LabelledImages, side: int, workers: int = 0) -> CachedImages:
+    """Decode every image once, to a padded square of `side` pixels: 3 * side * side bytes each.
 
     Raises:
-        InputError: an image cannot be read.
+        InputError: an image cannot be read, or the squares do not fit into memory.
     """
-    squares = np.empty((len(images), side, side, 3), np.uint8)
-    for index in range(len(images)):
-        squares[index] = pad_to_square(images.load(index), side)
+    shape = (len(images), side, side, 3)
+    try:
+        squares = np.empty(shape, np.uint8)
+    except MemoryError:
+        raise InputError(
+            f"data.cache: {len(images)} images of {side} x {side} pixels take "
+            f"{np.prod(shape, dtype=float) / 1e9:.0f} GB of memory: set data.cache=false"
+        ) from None
+    whole = Preprocessing(resize=side, crop=side)
+    for batch in evaluation_batches(images, whole, workers=workers):
+        squares[batch.indices] = batch.images.permute(0, 2, 3, 1)
     return CachedImages(images, squares, np.arange(len(images)))
 
 
-class _Draw(NamedTuple):
-    """One image of a batch: where it is, and the seed of its crop; none for the centre crop."""
+@dataclass(frozen=True)
+class _InOrder:
+    """The sampler of `evaluation_batches`."""
 
-    index: int
-    crop_seed: tuple[int, int, int] | None = None
+    size: int
+    batch_size: int
+
+    def batch(self, step: int) -> np.ndarray:
+        first = step * self.batch_size
+        return np.arange(first, min(first + self.batch_size, self.size))
 
 
-class _Crops(Dataset[np.ndarray]):
-    """The crops that draws ask for; an unreadable image comes back as its error."""
+@dataclass(frozen=True, eq=False)
+class _Batches(Dataset["Batch | InputError"]):
+    """A sampler's batches by step: random crops, or the centre crops if there is no seed.
 
-    def __init__(self, images: LabelledImages, preprocessing: Preprocessing) -> None:
-        self.images = images
-        self.preprocessing = preprocessing
+    An error is handed over as a value: torch would turn one that a worker raises into another,
+    whose message is a traceback.
+    """
 
-    def __getitem__(self, draw: _Draw) -> np.ndarray | InputError:
+    images: LabelledImages
+    sampler: BatchSampler
+    preprocessing: Preprocessing
+    seed: int | None = None
+
+    def __getitem__(self, step: int) -> Batch | InputError:
+        indices = self.sampler.batch(step)
         try:
-            square = self._square(draw.index)
+            crops = [self._crop(int(index), step, place) for place, index in enumerate(indices)]
         except InputError as error:
             return error
-        if draw.crop_seed is None:
+        return Batch(
+            torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2),
+            torch.from_numpy(self.images.labels[indices]),
+            torch.from_numpy(indices),
+        )
+
+    def _crop(self, index: int, step: int, place: int) -> np.ndarray:
+        square = _square(self.images, index, self.preprocessing.resize)
+        if self.seed is None:
             return center_crop(square, self.preprocessing.crop)
-        rng = np.random.default_rng(draw.crop_seed)
+        entropy = np.random.SeedSequence(self.seed, spawn_key=(step, place))
+        rng = np.random.default_rng(entropy)
         return random_crop_and_flip(square, self.preprocessing.crop, rng)
 
-    def _square(self, index: int) -> np.ndarray:
-        side = self.preprocessing.resize
-        if isinstance(self.images, CachedImages) and self.images.squares.shape[1] == side:
-            square: np.ndarray = self.images.squares[self.images.rows[index]]
-            return square
-        return pad_to_square(self.images.load(index), side)
+
+def _square(images: LabelledImages, index: int, side: int) -> np.ndarray:
+    """The image padded to a square; -> uint8 (side, side, 3)."""
+    if isinstance(images, CachedImages) and images.squares.shape[1] == side:
+        return images.squares[images.rows[index]]
+    return pad_to_square(images.load(index), side)
 
 
-def _collate(crops: list[np.ndarray | InputError]) -> Tensor | InputError:
-    for crop in crops:
-        if isinstance(crop, InputError):
-            return crop
-    stacked = torch.from_numpy(np.stack(crops))  # (B, H, W, 3)
-    return stacked.permute(0, 3, 1, 2)
-
-
-def _load(
-    images: LabelledImages,
-    preprocessing: Preprocessing,
-    batches: Iterable[list[_Draw]],
-    workers: int,
-) -> Iterator[Batch]:
-    draws = list(batches)
+def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
+    """The batches of these steps; with workers, each of them makes whole batches ahead of time."""
     loader = DataLoader(
-        _Crops(images, preprocessing),
-        batch_sampler=draws,
+        batches,
+        sampler=steps,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=_collate,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # leaves the global random state alone
     )
-    for batch, loaded in zip(draws, loader, strict=True):
-        if isinstance(loaded, InputError):
-            raise loaded
-        indices = torch.tensor([draw.index for draw in batch])
-        yield Batch(loaded, torch.as_tensor(images.labels)[indices], indices)
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the main process alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

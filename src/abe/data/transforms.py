@@ -7,12 +7,13 @@ turned into what the network was trained on (`Preprocessing.normalize`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from abe.errors import InputError
@@ -35,8 +36,10 @@ class Preprocessing:
         crop: side of the part that the network sees, pixels.
 
     Raises:
-        InputError: `crop` is larger than `resize`, or either is below 1.
+        InputError: `crop` is below 1 or larger than `resize`.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     channels: Literal["RGB", "BGR"] = "BGR"
     mean: Triple = (104.0, 117.0, 123.0)
@@ -58,9 +61,9 @@ class Preprocessing:
         """
         if self.channels == "BGR":
             images = images.flip(1)
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        scale = torch.tensor(self.scale, device=images.device).view(-1, 1, 1)
-        return (images - mean) * scale
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device)
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=images.device)
+        return (images - mean.view(3, 1, 1)) * scale.view(-1, 1, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` takes."""
@@ -71,21 +74,20 @@ class Preprocessing:
         """Build from plain values; keys that are missing keep their defaults.
 
         Raises:
-            InputError: an unknown key.
+            InputError: an unknown key, or a value that does not fit.
         """
-        unknown = values.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise InputError(f"unknown preprocessing: {', '.join(sorted(unknown))}")
-        triples = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**triples)
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            problems = (": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors())
+            raise InputError(f"preprocessing: {'; '.join(problems)}") from None
 
 
 def pad_to_square(image: Image.Image, side: int) -> np.ndarray:
     """Scale the longer side to `side`, keep the aspect, pad with black; -> (side, side, 3) uint8.
 
-    The image is centred; where one pixel is left over, it is padded at the bottom or right.
+    Section 4, which leaves open the filter (here bilinear with antialiasing), the padding's colour
+    and its place (the image is centred; an odd pixel is padded at the bottom or right).
     """
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
@@ -98,13 +100,13 @@ def pad_to_square(image: Image.Image, side: int) -> np.ndarray:
 
 
 def random_crop_and_flip(image: np.ndarray, crop: int, rng: np.random.Generator) -> np.ndarray:
-    """Training: a random crop, then a horizontal flip of every second one; -> (crop, crop, 3)."""
+    """Training: a random crop, flipped horizontally half the time; (H, W, 3) -> (crop, crop, 3)."""
     top, left = (int(rng.integers(length - crop + 1)) for length in image.shape[:2])
     part = image[top : top + crop, left : left + crop]
     return part[:, ::-1] if rng.random() < 0.5 else part
 
 
 def center_crop(image: np.ndarray, crop: int) -> np.ndarray:
-    """Testing: the middle; -> (crop, crop, 3)."""
+    """Testing: the middle; (H, W, 3) -> (crop, crop, 3)."""
     top, left = ((length - crop) // 2 for length in image.shape[:2])
     return image[top : top + crop, left : left + crop]

@@ -204,6 +204,6 @@ GOOGLENET_BN = Backbone(
     stages=_googlenet_bn_stages(),
     branch_point="maxpool3",
     attention_depth=5,
-    min_image_size=31,
+    min_image_size=15,
     default_weights="torchvision-googlenet",
 )

@@ -36,10 +36,16 @@ class Axis:
     ticks: tuple[float, ...]
 
     @classmethod
-    def around(cls, label: str, low: float, high: float, *, whole: bool = False) -> Axis:
-        """The scale with round ends that holds `low` and `high`; `whole`: of integers."""
-        ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
-        return cls(label, ticks[0], ticks[-1], tuple(ticks.tolist()))
+    def between(cls, label: str, low: float, high: float) -> Axis:
+        """The scale from `low` to `high`, with the round values between them."""
+        ticks = _round_values(low, high)
+        return cls(label, low, high, tuple(tick for tick in ticks if low <= tick <= high))
+
+    @classmethod
+    def around(cls, label: str, low: float, high: float) -> Axis:
+        """The smallest scale with round ends that holds `low` and `high`."""
+        ticks = _round_values(low, high)
+        return cls(label, ticks[0], ticks[-1], ticks)
 
     def percent(self, value: float) -> float:
         """Where a value is."""
@@ -74,6 +80,10 @@ class Chart:
     marks: tuple[Mark, ...]
 
 
+def _round_values(low: float, high: float) -> tuple[float, ...]:
+    return tuple(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist())
+
+
 def line_chart(title: str, y_label: str, lines: Mapping[str, tuple[str, Points]]) -> Chart | None:
     """A quantity over the steps of training.
 
@@ -89,7 +99,7 @@ def line_chart(title: str, y_label: str, lines: Mapping[str, tuple[str, Points]]
     if not lines:
         return None
     steps, values = zip(*(point for _, points in lines.values() for point in points), strict=True)
-    x = Axis.around("step", min(steps), max(steps), whole=True)
+    x = Axis.between("step", 0, max(1, *steps))
     y = Axis.around(y_label, min(values), max(values))
     marks, summary = [], []
     for name, (style, points) in lines.items():
@@ -108,31 +118,32 @@ def histogram(values: Tensor) -> NDArray[np.int64]:
     return counts
 
 
-def histogram_chart(title: str, cosines: Mapping[str, Tensor]) -> Chart:
-    """The histograms of Fig. 5, each in per cent of its own pairs; the kinds are the styles."""
+def histogram_chart(title: str, cosines: Mapping[str, Tensor], low: float) -> Chart:
+    """The histograms of Fig. 5 from `low` on, each in shares of its own peak.
+
+    The kinds of pairs are the styles. A kind without a pair is left out.
+    """
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
-    shares = {
-        kind: 100 * histogram(values) / len(values)
-        for kind, values in cosines.items()
-        if len(values)
-    }
-    occupied = np.flatnonzero(sum(shares.values()))
-    x = Axis.around("cosine", min(edges[occupied[0]], 0), 1)
-    y = Axis.around("% of pairs", 0, max(share.max() for share in shares.values()))
-    marks = []
-    for kind, share in shares.items():
-        bins = slice(*np.flatnonzero(share)[[0, -1]] + (0, 1))
-        path = f"M{x.percent(edges[bins.start])} 100" + "".join(
-            f"V{100 - y.percent(height):.2f}H{x.percent(right)}"
-            for height, right in zip(share[bins], edges[1:][bins], strict=True)
+    x = Axis.between("cosine", low, 1)
+    y = Axis.between("share of the peak", 0, 1)
+    marks, means = [], []
+    for kind, values in cosines.items():
+        if not len(values):
+            continue
+        counts = histogram(values)
+        first, last = np.flatnonzero(counts)[[0, -1]]
+        steps = zip(counts[first : last + 1], edges[first + 1 : last + 2], strict=True)
+        path = f"M{x.percent(edges[first])} 100" + "".join(
+            f"V{100 - y.percent(count / counts.max()):.2f}H{x.percent(right)}"
+            for count, right in steps
         )
         marks.append(Mark(kind, kind, path + "V100"))
-    means = ", ".join(f"{kind} {cosines[kind].mean():.2f}" for kind in shares)
-    return Chart(title, f"Cosines of pairs, {title}. Means: {means}.", x, y, tuple(marks))
+        means.append(f"{kind} {values.mean():.2f}")
+    return Chart(title, f"Cosines of pairs; means: {', '.join(means)}.", x, y, tuple(marks))
 
 
 def overlays(picture: NDArray[np.uint8], masks: Tensor) -> list[Image.Image]:
-    """Masks over the grey picture: dark where they are closed, bright where they are open.
+    """Masks over the grey picture, in viridis: violet where they are closed, yellow where open.
 
     The contrast is stretched from the lowest to the highest value of all the masks given, which
     are therefore comparable with each other and with nothing else.
@@ -148,9 +159,8 @@ def overlays(picture: NDArray[np.uint8], masks: Tensor) -> list[Image.Image]:
     images = []
     for mask in stretched:
         smooth = Image.fromarray(mask.float().numpy()).resize(size, Image.Resampling.BICUBIC)
-        heat = colormaps["inferno"](np.asarray(smooth).clip(0, 1))[..., :3]
-        blend = 255 * (0.35 * grey + 0.65 * heat * (0.35 + 0.65 * grey))
-        images.append(Image.fromarray(blend.clip(0, 255).astype(np.uint8)))
+        colours = colormaps["viridis"](np.asarray(smooth).clip(0, 1))[..., :3]
+        images.append(Image.fromarray((255 * (0.45 * grey + 0.55 * colours)).astype(np.uint8)))
     return images
 
 

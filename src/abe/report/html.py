@@ -6,6 +6,7 @@ N test images in order, M learners; every figure on the page is computed from th
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at
 RESULTS = 5  # of each query
 CHANNELS, CHANNEL_IMAGES = 3, 2  # single channels of the masks, and the images they are shown on
 OUTER_LAYERS = 3  # at either end, whose update-to-weight ratios are listed
-THUMBNAIL = 112  # pixels
+THUMBNAIL = 128  # pixels
 STYLES = 8  # of lines, in the page's style sheet
 
 
@@ -266,10 +267,20 @@ def _curves(runs: list[Run], styles: dict[str, str]) -> list[figures.Chart]:
 def _histograms(runs: list[Run], labels: NDArray[np.int64]) -> list[figures.Chart]:
     """Fig. 5 for each run."""
     classes = torch.as_tensor(labels)
-    return [
-        figures.histogram_chart(run.label, pair_cosines(run.embeddings, classes))
+    cosines = {
+        run.label: pair_cosines(run.embeddings, classes)
         for run in runs
         if run.embeddings is not None
+    }
+    low = min(
+        values.min().item()
+        for of_run in cosines.values()
+        for values in of_run.values()
+        if len(values)
+    )
+    return [
+        figures.histogram_chart(label, of_run, math.floor(10 * low) / 10)
+        for label, of_run in cosines.items()
     ]
 
 
@@ -333,7 +344,7 @@ def _retrieved(
     }
     assert featured.embeddings is not None
     learners = {
-        f"learner {number}": _search(learner, queries)
+        f"learner {number} alone": _search(learner, queries)
         for number, learner in enumerate(featured.embeddings.unbind(1), start=1)
     }
 
@@ -424,7 +435,7 @@ def _differing(configs: list[dict[str, Any]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return "–" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def _updates(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -455,9 +466,15 @@ def _template() -> Template:
     )
     environment.filters["percent"] = lambda fraction: f"{100 * fraction:.1f}"
     environment.filters["method"] = _superscript
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.jinja")
 
 
 def _superscript(method: str) -> Markup:
     """The paper's ABE-8^512, with the size of the embedding raised."""
-    return Markup(re.sub(r"\^(\d+)", r"<sup>\1</sup>", escape(method)))
+    return Markup(re.sub(r"\^(\d+)", r"<sup>\1</sup>", str(escape(method))))
+
+
+def _breakable(name: str) -> Markup:
+    """A class or file name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))

@@ -1,0 +1,338 @@
+"""Training: what a step does, what a run leaves behind, and that it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from abe.checkpoint import checkpoints
+from abe.config import Config, DataConfig, ModelConfig, TrainConfig
+from abe.errors import InputError
+from abe.runtime import read_json_lines
+from abe.train import Trainer, evaluate_run, lr_factor
+
+SILENT = Console(quiet=True)
+ABE = Path(sys.executable).with_name("abe")
+
+TINY = Config(
+    device="cpu",
+    precision="fp32",
+    model=ModelConfig(num_learners=2, embedding_dim=8, weights=None),
+    data=DataConfig(
+        resize=40, crop=32, synthetic_classes=8, synthetic_images=4, val_classes=0.5, cache=True
+    ),
+    train=TrainConfig(
+        steps=6,
+        sampler="classes",
+        batch_size=8,
+        normalization="balanced",
+        divergence_weight=0.1,
+        lr=0.01,
+        eval_every=4,
+        log_every=1,
+    ),
+)
+
+
+def tiny(*overrides: str) -> Config:
+    return TINY.with_overrides(overrides)
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run)[-1] / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert Trainer(TINY, run, SILENT).fit() is not None
+    return run
+
+
+def test_a_run_leaves_its_record(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["method"] == "ABE-2^8"
+    assert result["protocol"] == "val"
+    assert result["config_digest"] == TINY.digest
+    assert result["data"]["test_classes"] == 4
+    assert result["data"]["train_classes"] == result["data"]["select_classes"] == 2
+    assert len(result["scores"]["learners"]) == 2
+    assert {"recall@1", "recall@8", "map@r", "r_precision", "nmi"} <= set(
+        result["scores"]["ensemble"]
+    )
+    assert result["environment"]["torch"] == torch.__version__
+    embeddings = load_file(finished / "embeddings.safetensors")["embeddings"]
+    assert embeddings.shape == (16, 2, 4)
+    assert Config.from_json(json.loads((finished / "config.json").read_text())) == TINY
+    assert json.loads((finished / "environment.json").read_text())["precision"] == "fp32"
+    assert (finished / "weights.txt").read_text() == "random weights\n"
+
+
+def test_the_log_tells_what_loses_a_good_start(finished: Path) -> None:
+    lines = read_json_lines(finished / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    evaluations = [line for line in lines if "recall_at_1" in line]
+    assert [line["step"] for line in evaluations] == [0, 4, 6]
+    for line in steps:
+        expected = sum(line["metric"]) + 0.1 * line["divergence"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        assert 0 < line["gate_mean"] < 1
+        assert line["gate_std"] > 0
+        assert -1 <= line["learner_cosine"] <= 1
+        ratios = line["update_to_weight"]
+        assert "spatial.0.conv1.7x7_s2" in ratios
+        assert "attention_heads" in ratios
+        assert "embedding.0.linear" in ratios
+        assert len(ratios) == 15 + 30 + 1 + 42 + 1  # S, C, A', G, linear
+        assert all(0 < ratio < 1 for ratio in ratios.values())
+
+
+def test_the_protocol_picks_the_checkpoint_with_the_best_recall(finished: Path) -> None:
+    lines = read_json_lines(finished / "metrics.jsonl")
+    recalls = {line["step"]: line["recall_at_1"] for line in lines if "recall_at_1" in line}
+    result = json.loads((finished / "result.json").read_text())
+    assert result["selection_recall@1"] == max(recalls.values())
+    assert recalls[result["selected_step"]] == max(recalls.values())
+
+
+def test_eval_repeats_the_score_of_training(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert evaluate_run(finished)["scores"] == result["scores"]
+
+
+def test_paper_protocol_selects_on_the_test_images(tmp_path: Path) -> None:
+    config = tiny("protocol=paper", "train.steps=1", "train.images_per_class=2")
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    assert trainer.splits.select is trainer.splits.test
+    assert trainer.splits.describe()["train_classes"] == 4
+    record = trainer.fit()
+    assert record is not None
+    assert record["protocol"] == "paper"
+    assert record["selection_recall@1"] == record["scores"]["ensemble"]["recall@1"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.optimizer=adamw", "train.lr=0.001"),
+        ("train.metric_loss=ProxyAnchorLoss()", "data.workers=1", "train.sampler=pairs"),
+    ],
+    ids=["sgd", "adamw", "proxies"],
+)
+def test_a_stopped_run_goes_on_exactly(
+    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    config = tiny(*overrides)
+    if overrides:
+        finished = tmp_path / "finished"
+        Trainer(config, finished, SILENT).fit()
+
+    step = Trainer.train_step
+
+    def step_then_stop(trainer: Trainer, batch: object) -> object:
+        loss = step(trainer, batch)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", step_then_stop)
+    stopped = tmp_path / "stopped"
+    said = Console(record=True, quiet=True)
+    assert Trainer(config, stopped, said).fit() is None
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(stopped)] == ["step-00000000", "step-00000002"]
+
+    assert Trainer.resume(stopped, SILENT).fit() is not None
+    assert losses(stopped) == losses(finished)
+    for name in ("model.safetensors", "training.safetensors"):
+        whole, resumed = (load_file(checkpoints(r)[-1] / name) for r in (finished, stopped))
+        assert whole.keys() == resumed.keys()
+        for key in whole:
+            assert torch.equal(whole[key], resumed[key]), key
+
+
+def test_proxies_are_trained_and_saved(tmp_path: Path) -> None:
+    config = tiny("train.metric_loss=ProxyAnchorLoss()", "train.steps=2", "train.eval_every=1")
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    assert trainer.metric_loss is not None
+    before = [p.detach().clone() for p in trainer.metric_loss.parameters()]
+    assert [tuple(p.shape) for p in before] == [(2, 4), (2, 4)]  # classes trained on, d
+    trainer.fit()
+    saved = load_file(checkpoints(tmp_path / "run")[-1] / "training.safetensors")
+    own = [saved[key] for key in sorted(saved) if key.startswith("metric_loss.")]
+    assert len(own) == 2
+    assert all(not torch.equal(a, b) for a, b in zip(before, own, strict=True))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, finished: Path) -> None:
+    run = tmp_path / "killed"
+    settings = [f"--set={key}" for key in _flat(TINY.to_json())]
+    command = [str(ABE), "train", "--run", str(run), *settings]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(checkpoints(run)) < 2:
+            time.sleep(0.05)
+        process.kill()
+    assert not (run / "result.json").exists()
+    done = subprocess.run(
+        [ABE, "train", "--resume", run], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ABE-2^8" in done.stdout
+    for name, weight in final_weights(finished).items():
+        assert torch.equal(weight, final_weights(run)[name]), name
+
+
+def _flat(values: dict, prefix: str = "") -> list[str]:
+    items = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            items += _flat(value, f"{prefix}{key}.")
+        else:
+            items.append(f"{prefix}{key}={json.dumps(value)}")
+    return items
+
+
+def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path) -> None:
+    trainer = Trainer(tiny("train.lr=1e30", "train.steps=50"), tmp_path / "run", SILENT)
+    with pytest.raises(
+        InputError, match=r"the loss is (nan|inf) at step \d+: lower train\.lr"
+    ) as e:
+        trainer.fit()
+    assert str(e.value).count("synthetic class") == 8
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished: Path) -> None:
+    with pytest.raises(InputError, match="holds a run already"):
+        Trainer(TINY, finished, SILENT).fit()
+
+
+def test_learning_rates_and_decay_by_layer(tmp_path: Path) -> None:
+    config = tiny("model.weights=googlenet-mini-imagenet", "train.weight_decay=0.5")
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    found = {
+        id(parameter): (group["lr"] / 0.01, group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    parameters = dict(trainer.model.named_parameters())
+    assert len(found) == len(parameters)
+    for name, parameter in parameters.items():
+        bias = name.endswith("bias")
+        new = name.startswith(("attention_heads", "embedding.0.linear"))
+        expected = (10 if new else 1) * (2 if bias else 1)
+        rate, decay = found[id(parameter)]
+        assert rate == pytest.approx(expected), name
+        assert decay == (0 if bias else 0.5), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup": 4}, [0.25, 0.5, 0.75, 1, 1]),
+        ({"schedule": "steps", "decay_every": 2, "decay_factor": 0.5}, [1, 1, 0.5, 0.5, 0.25]),
+        ({"schedule": "cosine", "steps": 4}, [1, 0.853553, 0.5, 0.146447, 0]),
+        ({"schedule": "cosine", "steps": 5, "warmup": 1}, [1, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_schedules(settings: dict, expected: list[float]) -> None:
+    train = TrainConfig(**({"steps": 100} | settings))
+    assert [lr_factor(step, train) for step in range(5)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_divergence_warm_up_scales_lambda(tmp_path: Path) -> None:
+    config = tiny("train.divergence_warmup=2", "train.divergence_weight=1", "train.steps=3")
+    run = tmp_path / "run"
+    Trainer(config, run, SILENT).fit()
+    lines = [line for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]
+    weights = [(line["loss"] - sum(line["metric"])) / line["divergence"] for line in lines]
+    assert weights == pytest.approx([0.5, 1, 1], rel=1e-4)
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    def moved(*overrides: str) -> float:
+        trainer = Trainer(
+            tiny(
+                "train.lr=1",
+                "train.momentum=0",
+                "train.weight_decay=0",
+                "train.bias_lr_factor=1",
+                *overrides,
+            ),
+            tmp_path / overrides[-1],
+            SILENT,
+        )
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        (tmp_path / overrides[-1]).mkdir()
+        batch = next(iter(_batches(trainer)))
+        trainer.train_step(batch)
+        after = trainer.model.parameters()
+        squares = [(a.detach() - b).square().sum() for a, b in zip(after, before, strict=True)]
+        return float(sum(squares)) ** 0.5
+
+    assert moved("train.clip_norm=0.1") == pytest.approx(0.1, rel=1e-3)
+    assert moved("train.clip_norm=null") > 0.2
+
+
+def _batches(trainer: Trainer):
+    from abe.data.loader import training_batches
+
+    return training_batches(
+        trainer.splits.train,
+        trainer.sampler,
+        trainer.preprocessing,
+        seed=0,
+        start_step=0,
+        stop_step=1,
+    )
+
+
+# Recorded with `python tests/test_train.py`; a change of the mathematics shows here.
+GOLDEN = Path(__file__).parent / "golden" / "loss_trace.json"
+
+
+def golden_losses(run: Path) -> list[float]:
+    config = tiny(
+        "model.weights=googlenet-mini-imagenet",
+        "train.steps=20",
+        "train.eval_every=20",
+        "train.sampler=pairs",
+        "train.normalization=per_image",
+        "train.divergence_weight=1",
+        "train.lr=0.0005",
+    )
+    Trainer(config, run, SILENT).fit()
+    return losses(run)
+
+
+def test_golden_loss_trace(tmp_path: Path) -> None:
+    """Twenty steps of the paper's loss and sampler from the shipped start."""
+    trace = golden_losses(tmp_path / "run")
+    assert trace == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-3)
+    assert np.mean(trace[-5:]) < np.mean(trace[:5])
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(golden_losses(Path(folder) / "run")) + "\n")
