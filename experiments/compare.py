@@ -22,7 +22,7 @@ from abe.config import Config
 from abe.data.splits import open_splits
 from abe.evaluate import evaluate_baselines
 from abe.recipes import photographs
-from abe.results import append_record, scores_table
+from abe.results import append_record, method_name, scores_table
 from abe.runtime import read_json_lines
 from abe.train import Trainer
 
@@ -90,7 +90,8 @@ def main() -> None:
 
     def done(config: Config) -> dict[str, Any] | None:
         records = read_json_lines(arguments.results) if arguments.results.exists() else []
-        return next((r for r in records if r["config_digest"] == config.digest), None)
+        this = (config.digest, method_name(config))
+        return next((r for r in records if (r["config_digest"], r["method"]) == this), None)
 
     def run(config: Config) -> dict[str, Any]:
         record = done(config)

@@ -271,7 +271,9 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     def moved(*overrides: str) -> float:
         trainer = Trainer(
             tiny(
+                "model.weights=googlenet-mini-imagenet",
                 "train.lr=1",
+                "train.new_layer_lr_factor=1",
                 "train.momentum=0",
                 "train.weight_decay=0",
                 "train.bias_lr_factor=1",
