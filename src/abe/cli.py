@@ -125,6 +125,26 @@ def report(
 
 
 @app.command()
+def results(
+    file: Annotated[Path, typer.Argument(metavar="RUNS.JSONL", help="Results of runs.")],
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Markdown file to renew, between its results:begin and :end comments."),
+    ] = None,
+) -> None:
+    """Average results over seeds, as Markdown tables; a chosen learning rate stands for all."""
+    from abe.results import markdown_table, replace_between, summarize
+    from abe.runtime import read_json_lines
+
+    table = markdown_table(summarize(read_json_lines(file)))
+    if into is None:
+        typer.echo(table)
+    else:
+        text = into.read_text(encoding="utf-8")
+        into.write_text(replace_between(text, "results", table), encoding="utf-8")
+
+
+@app.command()
 def demo(
     data: Source = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where to work.")] = Path("demo"),

@@ -118,7 +118,14 @@ def evaluate_baselines(config: Config, splits: Splits) -> dict[str, tuple[dict[s
     if begin.origin is not None:
         embedders["pretrained start"] = pooled_features(model)
     return {
-        name: evaluate_test(embedder, config, splits, begin.preprocessing, method=name)
+        name: evaluate_test(
+            embedder,
+            config,
+            splits,
+            begin.preprocessing,
+            weights=None if embedder is raw_pixels else begin.origin,
+            method=name,
+        )
         for name, embedder in embedders.items()
     }
 

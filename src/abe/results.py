@@ -6,8 +6,12 @@ which software on which hardware, and the scores. No figure that we show is type
 
 from __future__ import annotations
 
+import copy
 import datetime
+import json
+import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from abe.checkpoint import Best
 from abe.config import Config
+from abe.errors import InputError
 from abe.runtime import append_json_line, write_json
 
 
@@ -102,3 +107,135 @@ def scores_table(records: Iterable[dict[str, Any]]) -> Table:
         f"not seen in training; protocol {protocol}; %"
     )
     return table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one method that differ in their seed alone, at the rate that was chosen.
+
+    Attributes:
+        record: one of the runs, for what they have in common.
+        rates: learning rates that were tried; the chosen one is the record's.
+        seeds: how many seeds the chosen rate was run with.
+        scores: name of a score -> its mean over the seeds; see `summarize`.
+        spread: the same scores -> their standard deviation, 0 for one seed.
+    """
+
+    record: dict[str, Any]
+    rates: tuple[float, ...]
+    seeds: int
+    scores: dict[str, float]
+    spread: dict[str, float]
+
+
+def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
+    """Group records by everything but seed and learning rate, and average over seeds.
+
+    Of several learning rates the one with the best Recall@1 on the images that the protocol
+    selects by is kept, judged by the smallest seed, which every rate was run with. Scores are those
+    of the ensemble, "learner recall@1" (mean of the learners) and "learner cosine".
+    """
+    groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for record in records:
+        config = copy.deepcopy(record["config"])
+        del config["seed"]
+        rate = config["train"].pop("lr")
+        key = json.dumps([record["method"], record["data"], config], sort_keys=True)
+        groups.setdefault(key, {}).setdefault(rate, []).append(record)
+    summaries = []
+    for by_rate in groups.values():
+        for runs in by_rate.values():
+            runs.sort(key=lambda record: record["seed"])
+        best = max(by_rate, key=lambda rate: by_rate[rate][0]["selection_recall@1"] or 0)
+        values = [_scores(record) for record in by_rate[best]]
+        columns = {name: [value[name] for value in values] for name in values[0]}
+        summaries.append(
+            Summary(
+                record=by_rate[best][0],
+                rates=tuple(sorted(by_rate)),
+                seeds=len(values),
+                scores={name: statistics.fmean(column) for name, column in columns.items()},
+                spread={
+                    name: statistics.stdev(column) if len(column) > 1 else 0.0
+                    for name, column in columns.items()
+                },
+            )
+        )
+    return summaries
+
+
+def _scores(record: dict[str, Any]) -> dict[str, float]:
+    scores = record["scores"]
+    learners = [learner["recall@1"] for learner in scores["learners"]]
+    flat = dict(scores["ensemble"])
+    if len(learners) > 1:
+        flat["learner recall@1"] = statistics.fmean(learners)
+        flat["learner cosine"] = scores["similarity"]["self"]
+    return flat
+
+
+def markdown_table(summaries: Iterable[Summary]) -> str:
+    """One Markdown table a data set: means over seeds, percent, with standard deviations."""
+    by_data: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        by_data.setdefault(json.dumps(summary.record["data"]), []).append(summary)
+    return "\n\n".join(_data_table(group) for group in by_data.values())
+
+
+def _data_table(summaries: list[Summary]) -> str:
+    first = summaries[0].record
+    data, train = first["data"], first["config"]["train"]
+    lines = [
+        f"**{data['name']}**: {data['test_images']:,} test images of {data['test_classes']} "
+        f"classes not seen in training, {data['train_classes']} classes to learn from, "
+        f"{data['select_classes']} to choose by (protocol `{first['protocol']}`), "
+        f"{train['steps']} steps of {train['batch_size']} images at "
+        f"{first['config']['data']['crop']} px.",
+        "",
+        "| method | loss | seeds | R@1 | R@2 | R@4 | R@8 | a learner's R@1 | learners' cosine |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for summary in summaries:
+        cosine = summary.scores.get("learner cosine")
+        columns = ("recall@1", "recall@2", "recall@4", "recall@8", "learner recall@1")
+        cells = [
+            summary.record["method"],
+            _loss_name(summary.record),
+            str(summary.seeds),
+            *(_percent(summary, name) for name in columns),
+            "" if cosine is None else f"{cosine:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _loss_name(record: dict[str, Any]) -> str:
+    if record["selected_step"] is None:
+        return ""
+    train = record["config"]["train"]
+    if train["metric_loss"] != "contrastive":
+        return str(train["metric_loss"])
+    return {"per_image": "Eq. 10", "sum": "Eq. 10, sum", "balanced": "Eq. 10, balanced"}[
+        train["normalization"]
+    ]
+
+
+def _percent(summary: Summary, name: str) -> str:
+    if name not in summary.scores:
+        return ""
+    mean = f"{100 * summary.scores[name]:.1f}"
+    return mean if summary.seeds == 1 else f"{mean} ± {100 * summary.spread[name]:.1f}"
+
+
+def replace_between(text: str, marker: str, content: str) -> str:
+    """Put content between `<!-- marker:begin -->` and `<!-- marker:end -->`.
+
+    Raises:
+        InputError: the text does not hold the two comments.
+    """
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise InputError(f"the text has no {begin} ... {end} to put the table between")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"

@@ -63,7 +63,7 @@ def read_image(path: str | PathLike[str], box: Box | None = None) -> Image.Image
     except BrokenImageError:
         raise
     except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise BrokenImageError(path, _reason(path, error)) from None
+        raise BrokenImageError(path, _reason(error)) from None
     return rgb if box is None else _cut(rgb, box, path)
 
 
@@ -99,9 +99,9 @@ def _cut(image: Image.Image, box: Box, path: Path) -> Image.Image:
     return image.crop((left, top, right, bottom))
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if path.stat().st_size == 0 else "not an image"
+        return f"neither {', '.join(FORMATS[:-1])} nor {FORMATS[-1]}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

@@ -81,7 +81,8 @@ class Chart:
 
 
 def _round_values(low: float, high: float) -> tuple[float, ...]:
-    return tuple(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist())
+    values = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return tuple(float(value) for value in values)
 
 
 def line_chart(title: str, y_label: str, lines: Mapping[str, tuple[str, Points]]) -> Chart | None:
@@ -165,14 +166,18 @@ def overlays(picture: NDArray[np.uint8], masks: Tensor) -> list[Image.Image]:
 
 
 def selective_channels(masks: Tensor, count: int) -> list[int]:
-    """The channels in which learners differ most: variance over learners, mean over places.
+    """The channels in which learners differ most in where they look.
+
+    By the variance over learners, where a learner that opens or closes a channel as a whole has
+    no share: the mean over the places of an image is taken off first.
 
     Args:
         masks: (B, M, K, h, w), of one network.
         count: how many of the K channels.
     """
-    spread = masks.var(dim=1, correction=0).mean(dim=(0, 2, 3))  # (K,)
-    return spread.topk(min(count, len(spread))).indices.tolist()
+    pattern = masks - masks.mean(dim=(-2, -1), keepdim=True)
+    variance = pattern.var(dim=1, correction=0).mean(dim=(0, 2, 3))  # (K,)
+    return variance.topk(min(count, len(variance))).indices.tolist()
 
 
 def data_uri(image: Image.Image, side: int) -> str:

@@ -5,12 +5,10 @@ N test images in order, M learners; every figure on the page is computed from th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
@@ -22,21 +20,17 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from abe.checkpoint import load_selected
-from abe.config import Config
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.splits import open_splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
-from abe.model.ensemble import concat
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
-from abe.runtime import read_json_lines
+from abe.report.runs import Run, differing, read_runs
 
 QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at the first rank
 RESULTS = 5  # of each query
@@ -44,51 +38,6 @@ CHANNELS, CHANNEL_IMAGES = 3, 2  # single channels of the masks, and the images 
 OUTER_LAYERS = 3  # at either end, whose update-to-weight ratios are listed
 THUMBNAIL = 128  # pixels
 STYLES = 8  # of lines, in the page's style sheet
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the folder of a run, or of a baseline, holds.
-
-    Attributes:
-        label: the method, and what tells the run from others of the same method.
-        config: with the data's full path; None for a baseline, which was not trained.
-        log: the lines of metrics.jsonl.
-        embeddings: (N, M, d); a baseline may have none.
-    """
-
-    path: Path
-    record: dict[str, Any]
-    label: str
-    config: Config | None
-    log: list[dict[str, Any]]
-    embeddings: Tensor | None
-
-    @cached_property
-    def ensemble(self) -> Tensor:
-        """Embeddings of the ensemble; (N, D)."""
-        assert self.embeddings is not None
-        return concat(self.embeddings)
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether there are masks to show."""
-        return self.config is not None and self.config.model.network in {"abe", "m-heads+att"}
-
-    @property
-    def recall(self) -> float:
-        """Recall@1 of the ensemble on the test images."""
-        return self.record["scores"]["ensemble"]["recall@1"]
-
-    @property
-    def learners_recall(self) -> list[float]:
-        """Recall@1 of each learner on the test images."""
-        return [learner["recall@1"] for learner in self.record["scores"]["learners"]]
-
-    @property
-    def preference(self) -> tuple[bool, float]:
-        """The greatest names the run that the page is about; test scores have no say in it."""
-        return self.record["protocol"] == "val", self.record["selection_recall@1"]
 
 
 def write_report(runs: Sequence[Path], output: Path, console: Console | None = None) -> None:
@@ -104,20 +53,16 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
             that are no longer where the run found them, or an `output` that cannot be written.
     """
     console = console or Console(stderr=True)
-    loaded = _label([_read(path) for path in dict.fromkeys(runs)])
-    _check_same_data(loaded)
-    trained = [run for run in loaded if run.config]
-    if not trained:
-        raise InputError("only baselines: give the folder of at least one trained run")
-    trained.sort(key=lambda run: run.preference, reverse=True)
+    loaded = read_runs(runs)
+    trained = sorted((r for r in loaded if r.config), key=lambda r: r.preference, reverse=True)
     featured = trained[0]
     styles = {run.label: f"line-{number % STYLES}" for number, run in enumerate(trained)}
     attentive = next((run for run in trained if run.has_attention), None)
 
-    console.print(f"Opening the test images of {featured.path} ...")
+    console.print("Opening the test images ...")
     test = _open_test(featured)
-    queries = _choose_queries(featured.ensemble, test.labels)
-    console.print("Drawing ...")
+    queries = _choose_queries(featured, test.labels)
+    console.print("Drawing the report ...")
     page = _template().render(
         featured=featured,
         runs=loaded,
@@ -140,82 +85,6 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from None
-
-
-def _read(path: Path) -> Run:
-    """What a folder holds; its label is the method alone."""
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give the folder of a run")
-    if not (path / "result.json").exists():
-        if (path / "config.json").exists():
-            raise InputError(f"{path} is not finished: go on with `abe train --resume {path}`")
-        raise InputError(f"{path} has no result.json: give the folder of a finished run")
-    record = _read_json(path / "result.json")
-    try:
-        trained = record["selected_step"] is not None
-        images = record["data"]["test_images"]
-        label = record["method"]
-        _ = record["scores"]["ensemble"]["recall@1"], record["config"]
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path / 'result.json'} is no result of this version of abe ({error}): train again"
-        ) from None
-    embeddings = path / "embeddings.safetensors"
-    return Run(
-        path=path,
-        record=record,
-        label=label,
-        config=Config.from_json(_read_json(path / "config.json")) if trained else None,
-        log=read_json_lines(path / "metrics.jsonl") if trained else [],
-        embeddings=_read_embeddings(embeddings, images) if trained or embeddings.exists() else None,
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def _read_embeddings(path: Path, images: int) -> Tensor:
-    try:
-        embeddings = load_file(path)["embeddings"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}): train again") from None
-    if embeddings.ndim != 3 or len(embeddings) != images:
-        raise InputError(
-            f"{path} holds {tuple(embeddings.shape)}, result.json beside it tells of {images} "
-            "test images: they are not of the same run"
-        )
-    return embeddings
-
-
-def _label(runs: list[Run]) -> list[Run]:
-    """Tell runs of the same method apart by the settings that differ, or else by their folders."""
-    labelled = []
-    for run in runs:
-        same = [other for other in runs if other.label == run.label]
-        settings = _flatten(run.record["config"])
-        differing = _differing([_flatten(other.record["config"]) for other in same])
-        detail = ", ".join(f"{key.rpartition('.')[2]} {settings.get(key)}" for key in differing)
-        labelled.append(
-            replace(run, label=f"{run.label} ({detail or run.path})") if len(same) > 1 else run
-        )
-    return labelled
-
-
-def _check_same_data(runs: list[Run]) -> None:
-    first, *others = runs
-    keys = ("name", "test_images", "test_classes")
-    for other in others:
-        one, two = ([run.record["data"][key] for key in keys] for run in (first, other))
-        if one != two:
-            raise InputError(
-                f"{first.path} was tested on {one[0]} ({one[1]} images of {one[2]} classes) and "
-                f"{other.path} on {two[0]} ({two[1]} images of {two[2]} classes): "
-                "write a report of each"
-            )
 
 
 def _open_test(run: Run) -> LabelledImages:
@@ -279,23 +148,33 @@ def _histograms(runs: list[Run], labels: NDArray[np.int64]) -> list[figures.Char
         if len(values)
     )
     return [
-        figures.histogram_chart(label, of_run, math.floor(10 * low) / 10)
+        figures.histogram_chart(label, of_run, max(-1, math.floor(10 * low) / 10))
         for label, of_run in cosines.items()
     ]
 
 
-def _choose_queries(ensemble: Tensor, labels: NDArray[np.int64]) -> list[int]:
-    """Images spread evenly over those whose first result is right, and over those where not."""
-    nearest = nearest_neighbors(ensemble, None, 1).indices[:, 0].numpy()
+def _choose_queries(run: Run, labels: NDArray[np.int64]) -> list[int]:
+    """Images spread evenly over those whose first result is right, and over those where not.
+
+    Raises:
+        InputError: the run's Recall@1 does not come out: the labels are not those it was scored by.
+    """
+    nearest = nearest_neighbors(run.ensemble, None, 1).indices[:, 0].numpy()
     right = labels[nearest] == labels
     has_match = np.bincount(labels)[labels] > 1
+    if abs(right[has_match].mean() - run.recall) > 0.01:  # a GPU's rounding flips near-ties
+        raise InputError(
+            f"{run.path} has Recall@1 {run.recall:.3f}, by the classes of its images as they are "
+            f"now it would be {right[has_match].mean():.3f}: put the images back as they were"
+        )
     failures = _spread(np.flatnonzero(~right & has_match), FAILED_QUERIES)
     return _spread(np.flatnonzero(right), QUERIES - len(failures)) + failures
 
 
 def _spread(indices: NDArray[np.intp], count: int) -> list[int]:
     count = min(count, len(indices))
-    return indices[(np.arange(count) + 0.5).astype(int) * len(indices) // max(count, 1)].tolist()
+    places = (np.arange(count) + 0.5) * len(indices) / max(count, 1)
+    return indices[places.astype(int)].tolist()
 
 
 def _masks(run: Run, test: LabelledImages, queries: list[int]) -> dict[str, Any]:
@@ -395,17 +274,17 @@ def _facts(runs: list[Run]) -> dict[str, list[str]]:
 
     def of(run: Run) -> dict[str, Any]:
         record, software = run.record, run.record["environment"]
-        weights = record["weights"] or {"source": "random", "sha256": ""}
+        weights = record["weights"]
         return {
             "Folder": run.path,
             "Configuration": record["config_digest"],
             "Seed": record["seed"],
             "Selected step": record["selected_step"],
-            "Weights": f"{PurePath(weights['source']).name} {weights['sha256'][:12]}",
+            "Weights": weights and f"{PurePath(weights['source']).name} {weights['sha256'][:12]}",
             "Date": record["date"],
             "abe": " ".join(filter(None, (software["abe"], software["commit"]))),
             "Python, torch": f"{software['python']}, {software['torch']}",
-            "Hardware": software["gpu"] or f"{software['cpu']}, {software['threads']} threads",
+            "Hardware": software["gpu"] or f"{software['cpu']}; threads: {software['threads']}",
             "Precision": software["precision"],
         }
 
@@ -415,23 +294,7 @@ def _facts(runs: list[Run]) -> dict[str, list[str]]:
 
 def _differing_settings(runs: list[Run]) -> dict[str, list[str]]:
     """Settings that are not the same in all runs; setting -> one value for each run."""
-    configs = [_flatten(run.record["config"]) for run in runs]
-    return {key: [_text(config.get(key)) for config in configs] for key in _differing(configs)}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def _differing(configs: list[dict[str, Any]]) -> list[str]:
-    first, *others = configs
-    return [key for key in first if any(other.get(key) != first[key] for other in others)]
+    return {key: [_text(run.settings.get(key)) for run in runs] for key in differing(runs)}
 
 
 def _text(value: Any) -> str:

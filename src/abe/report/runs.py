@@ -1,0 +1,172 @@
+"""The folders that a report is about: what they hold, and what to call them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from abe.config import Config
+from abe.errors import InputError
+from abe.model.ensemble import concat
+from abe.runtime import read_json_lines
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, or a baseline: a result without training.
+
+    N test images, M learners, d the size of a learner's embedding.
+
+    Attributes:
+        path: its folder.
+        label: the method, and what tells the run from others of the same method.
+        record: result.json.
+        recall: Recall@1 of the ensemble on the test images.
+        learners_recall: the same of each learner.
+        settings: what it was run with, by full names such as "train.lr".
+        config: the same as config.json has it, with the data's full path; None for a baseline.
+        log: the lines of metrics.jsonl.
+        embeddings: of the test images in order, (N, M, d); a baseline may have none.
+    """
+
+    path: Path
+    label: str
+    record: dict[str, Any]
+    recall: float
+    learners_recall: list[float]
+    settings: dict[str, Any]
+    config: Config | None
+    log: list[dict[str, Any]]
+    embeddings: Tensor | None
+
+    @cached_property
+    def ensemble(self) -> Tensor:
+        """Embeddings of the ensemble; (N, D)."""
+        assert self.embeddings is not None
+        return concat(self.embeddings)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there are masks to show."""
+        return self.config is not None and self.config.model.network in {"abe", "m-heads+att"}
+
+    @property
+    def preference(self) -> tuple[bool, float]:
+        """The greatest names the run that a report is about; under "val" no test score decides."""
+        return self.record["protocol"] == "val", self.record["selection_recall@1"]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Runs and baselines on the same test images, with labels that tell them apart.
+
+    Raises:
+        InputError: no trained run, one that is not finished or damaged, or different test images.
+    """
+    runs = [_read(path) for path in dict.fromkeys(paths)]
+    if not any(run.config for run in runs):
+        raise InputError("nothing to report on: give the folder of at least one trained run")
+    first, *others = runs
+    for other in others:
+        if _test_images(other) != _test_images(first):
+            raise InputError(
+                f"{first.path} was tested on {_test_images(first)}, {other.path} on "
+                f"{_test_images(other)}: write a report of each"
+            )
+    return [_labelled(run, [other for other in runs if other.label == run.label]) for run in runs]
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all of the runs."""
+    first, *others = (run.settings for run in runs)
+    return [key for key in first if any(other.get(key) != first[key] for other in others)]
+
+
+def _read(path: Path) -> Run:
+    """What a folder holds; its label is the method alone."""
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: give the folder of a run")
+    if not (path / "result.json").exists():
+        if (path / "config.json").exists():
+            raise InputError(f"{path} is not finished: go on with `abe train --resume {path}`")
+        raise InputError(f"{path} has no result.json: give the folder of a finished run")
+    record = _read_json(path / "result.json")
+    embeddings = path / "embeddings.safetensors"
+    try:
+        trained = record["selected_step"] is not None
+        return Run(
+            path=path,
+            label=record["method"],
+            record=record,
+            recall=record["scores"]["ensemble"]["recall@1"],
+            learners_recall=[each["recall@1"] for each in record["scores"]["learners"]],
+            settings=_flatten(record["config"]),
+            config=_read_config(path / "config.json") if trained else None,
+            log=read_json_lines(path / "metrics.jsonl") if trained else [],
+            embeddings=_read_embeddings(embeddings, record["data"]["test_images"])
+            if trained or embeddings.exists()
+            else None,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path / 'result.json'} is not what this version of abe writes ({error!r}): "
+            "train the run again"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        return Config.from_json(_read_json(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_embeddings(path: Path, images: int) -> Tensor:
+    try:
+        embeddings = load_file(path)["embeddings"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({error}): train the run again") from None
+    if embeddings.ndim != 3 or len(embeddings) != images:
+        raise InputError(
+            f"{path} holds {tuple(embeddings.shape)}, but result.json tells of {images} test "
+            "images: the two are not of the same run"
+        )
+    return embeddings
+
+
+def _test_images(run: Run) -> str:
+    data = run.record["data"]
+    return f"{data['name']} ({data['test_images']} images of {data['test_classes']} classes)"
+
+
+def _labelled(run: Run, same_method: Sequence[Run]) -> Run:
+    """Tell a run from others of its method by the settings that differ, or else by its folder."""
+    if len(same_method) == 1:
+        return run
+    settings = [
+        f"{key.rpartition('.')[2]} {run.settings.get(key)}" for key in differing(same_method)
+    ]
+    return replace(run, label=f"{run.label} ({', '.join(settings) or run.path})")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

@@ -1,0 +1,109 @@
+"""Embedding and scoring: against loops, and independent of batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from abe.config import Config, DataConfig, ModelConfig
+from abe.data.splits import open_splits
+from abe.data.synthetic import SyntheticVehicles
+from abe.data.transforms import Preprocessing
+from abe.evaluate import embed, evaluate_baselines, pair_cosines, raw_pixels, score, similarity
+from abe.metrics import recall_at_k
+from abe.model import AttentionEnsemble, concat
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def learners() -> tuple[torch.Tensor, np.ndarray]:
+    labels = np.repeat(np.arange(6), 5)
+    noise = torch.randn(30, 3, 4, generator=torch.Generator().manual_seed(0))
+    centres = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(1))
+    return F.normalize(centres[labels] + noise, dim=-1), labels
+
+
+def test_pair_cosines_are_those_of_fig_5(learners: tuple[torch.Tensor, np.ndarray]) -> None:
+    embeddings, labels = learners
+    expected: dict[str, list[float]] = {"positive": [], "negative": [], "self": []}
+    for i in range(30):
+        for p in range(3):
+            for q in range(3):
+                if p != q:
+                    expected["self"].append(float(embeddings[i, p] @ embeddings[i, q]))
+            for j in range(30):
+                if i != j:
+                    kind = "positive" if labels[i] == labels[j] else "negative"
+                    expected[kind].append(float(embeddings[i, p] @ embeddings[j, p]))
+    found = pair_cosines(embeddings, torch.as_tensor(labels))
+    for kind, values in expected.items():
+        torch.testing.assert_close(found[kind].sort().values, torch.tensor(values).sort().values)
+    means = similarity(embeddings, torch.as_tensor(labels))
+    assert means == pytest.approx({kind: np.mean(v) for kind, v in expected.items()}, abs=1e-6)
+
+
+def test_a_single_learner_has_no_self_pairs(learners: tuple[torch.Tensor, np.ndarray]) -> None:
+    embeddings, labels = learners
+    assert similarity(embeddings[:, :1], torch.as_tensor(labels))["self"] is None
+
+
+def test_scores_are_those_of_the_ensemble_and_of_each_learner(
+    learners: tuple[torch.Tensor, np.ndarray],
+) -> None:
+    embeddings, labels = learners
+    scores = score(embeddings, labels, ks=[1, 4])
+    classes = torch.as_tensor(labels)
+    ensemble = recall_at_k(concat(embeddings), classes, [1, 4])
+    assert [scores["ensemble"][f"recall@{k}"] for k in (1, 4)] == [ensemble[1], ensemble[4]]
+    for m, learner in enumerate(scores["learners"]):
+        assert learner["recall@1"] == recall_at_k(embeddings[:, m], classes, [1])[1]
+        assert set(learner) == {"recall@1", "recall@4", "map@r", "r_precision", "nmi"}
+
+
+def test_embeddings_do_not_depend_on_the_batch_size() -> None:
+    torch.manual_seed(0)
+    model = AttentionEnsemble(2, 8).eval()
+    images = SyntheticVehicles(4, 2, size=40)
+    preprocessing = Preprocessing(resize=40, crop=32)
+    done: list[int] = []
+    whole = embed(model, images, preprocessing, device=CPU, batch_size=3, on_progress=done.append)
+    assert done == [3, 6, 8]
+    assert whole.shape == (8, 2, 4)
+    single = embed(model, images, preprocessing, device=CPU, batch_size=1)
+    torch.testing.assert_close(whole, single)
+
+
+def test_raw_pixels_are_the_shrunk_image() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    found = raw_pixels(images, side=2)
+    for image, embedding in zip(images, found, strict=True):
+        blocks = [
+            image[c, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean()
+            for c in range(3)
+            for y in range(2)
+            for x in range(2)
+        ]
+        expected = torch.stack(blocks) / torch.stack(blocks).norm()
+        torch.testing.assert_close(embedding[0], expected)
+
+
+def test_baselines_are_pixels_and_the_start() -> None:
+    config = Config(
+        device="cpu",
+        precision="fp32",
+        model=ModelConfig(num_learners=2, embedding_dim=8),
+        data=DataConfig(resize=48, crop=40, synthetic_classes=8, synthetic_images=3),
+    ).with_overrides(["data.val_classes=0.5"])
+    baselines = evaluate_baselines(config, open_splits(config.data, config.protocol))
+    assert list(baselines) == ["raw pixels", "pretrained start"]
+    record, embeddings = baselines["pretrained start"]
+    assert embeddings.shape == (12, 1, 1024)
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(12, 1))
+    assert record["weights"]["source"] == "googlenet-mini-imagenet"
+    record, embeddings = baselines["raw pixels"]
+    assert embeddings.shape == (12, 1, 3 * 32 * 32)
+    assert record["weights"] is None
+    assert record["selected_step"] is None
