@@ -1,4 +1,4 @@
-"""The report of runs that the test makes up: random embeddings and a network with random weights."""
+"""The report of made-up runs: random embeddings, and a network with random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from abe.report.runs import read_runs
 from abe.results import result_record, write_result
 from abe.runtime import append_json_line, environment, write_json
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CLASSES, IMAGES = 8, 5  # 4 of the classes are for testing
 HOSTILE = "h_<img src=x onerror=alert(1)>&\"'"
 LAYERS = [f"layer_{number}" for number in range(9)]
@@ -93,23 +93,27 @@ def make_run(path: Path, config: Config, selection_recall: float, seed: int = 0)
             "loss": 4 - step / 20,
             "divergence": 2 - step / 20,
             "learner_cosine": None if config.model.num_learners == 1 else 0.9 - step / 100,
-            "update_to_weight": {layer: (1 + step) * 1e-4 for layer in LAYERS},
+            "update_to_weight": dict.fromkeys(LAYERS, (1 + step) * 1e-4),
         }
         append_json_line(path / "metrics.jsonl", {"step": step, **line})
         if step % 20 == 0:
             append_json_line(path / "metrics.jsonl", {"step": step, "recall_at_1": step / 80})
-    write_scores(path, config, embeddings_of(splits.test.labels, config.model.num_learners, seed))
-    return path
+    embeddings = embeddings_of(splits.test.labels, config.model.num_learners, seed)
+    return write_scores(path, config, embeddings, best)
 
 
 def write_scores(
-    path: Path, config: Config, embeddings: torch.Tensor, method: str | None = None
+    path: Path,
+    config: Config,
+    embeddings: torch.Tensor,
+    best: Best | None,
+    method: str | None = None,
 ) -> Path:
     splits = open_splits(config.data, config.protocol)
     record = result_record(
         config,
         scores=score(embeddings, splits.test.labels),
-        best=None if method else Best(20, 0.5),
+        best=best,
         data=splits.describe(),
         weights=None,
         environment=environment(torch.device("cpu")) | {"precision": "fp32"},
@@ -124,8 +128,10 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     root = tmp_path_factory.mktemp("runs")
     config = configuration(data)
     labels = open_splits(config.data, config.protocol).test.labels
-    pixels = write_scores(root / "pixels", config, embeddings_of(labels, 1, 3), "raw pixels")
-    start = write_scores(root / "start", config, embeddings_of(labels, 1, 4), "pretrained start")
+    pixels = write_scores(root / "pixels", config, embeddings_of(labels, 1, 3), None, "raw pixels")
+    start = write_scores(
+        root / "start", config, embeddings_of(labels, 1, 4), None, "pretrained start"
+    )
     (start / "embeddings.safetensors").unlink()
     head = configuration(data, "model.network=m-heads", "model.num_learners=1")
     return {
@@ -193,7 +199,7 @@ def test_table_shows_the_records(page: str, runs: dict[str, Path]) -> None:
         assert row[1:6] == [f"{100 * scores['ensemble'][key]:.1f}" for key in keys]
     learners = sorted(100 * each["recall@1"] for each in record(runs["abe"])["scores"]["learners"])
     cosine = record(runs["abe"])["scores"]["similarity"]["self"]
-    assert rows[3][6:] == [f"{learners[0]:.1f}–{learners[1]:.1f}", f"{cosine:.2f}"]
+    assert rows[3][6:] == [f"{learners[0]:.1f}\N{EN DASH}{learners[1]:.1f}", f"{cosine:.2f}"]
     assert rows[2][6:] == ["", ""]
 
 
@@ -229,7 +235,7 @@ def test_line_chart_maps_steps_and_values() -> None:
 
 
 def test_histogram_counts_each_pair_once() -> None:
-    values = torch.tensor([-1.0, -0.999, 0.0, 0.01, 0.99, 1.0, 1.0000001])
+    values = torch.tensor([-1.0, -0.999, 0.003, 0.01, 0.99, 1.0, 1.0000001])
     counts = figures.histogram(values)
     width = 2 / figures.HISTOGRAM_BINS
     expected = [0] * figures.HISTOGRAM_BINS
@@ -350,7 +356,7 @@ def test_details_list_digest_settings_and_updates(page: str, runs: dict[str, Pat
     details = section(page, "details")
     assert record(runs["abe"])["config_digest"] in details
     rows = {row[0]: row[1:] for row in table(details) if row}
-    assert rows["model.network"] == ["abe", "m-heads"]
+    assert rows["model.network"] == ["m-heads", "abe"]
     assert "train.lr" not in rows
     assert rows["layer_8"] == ["1.0e-04", "2.1e-03", "4.1e-03"]
     assert "layer_4" not in rows
@@ -375,18 +381,15 @@ def test_runs_without_attention_have_no_masks(runs: dict[str, Path], tmp_path: P
 def test_runs_of_one_method_are_told_apart(
     runs: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
+    (abe,) = read_runs([runs["abe"]])
+    assert abe.embeddings is not None
     config = configuration(data, "train.lr=0.5", "seed=7")
-    other = write_scores(copy(runs["abe"], tmp_path / "b"), config, read_embeddings(runs["abe"]))
+    folder = copy(runs["abe"], tmp_path / "b")
+    other = write_scores(folder, config, abe.embeddings, Best(20, 0.5))
     labels = [run.label for run in read_runs([runs["abe"], other, runs["head"], other])]
     assert labels == ["ABE-2^16 (seed 0, lr 0.001)", "ABE-2^16 (seed 7, lr 0.5)", "1-head^16"]
     twin = copy(other, tmp_path / "c")
     assert str(twin) in read_runs([other, twin])[1].label
-
-
-def read_embeddings(run: Path) -> torch.Tensor:
-    (read,) = read_runs([run])
-    assert read.embeddings is not None
-    return read.embeddings
 
 
 def test_skipped_files_and_test_set_selection_are_stamped(
@@ -540,8 +543,8 @@ def test_output_that_cannot_be_written(runs: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.parametrize("width", [360, 1280])
 def test_page_in_a_browser(page_file: Path, width: int, scheme: str, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs a browser: there is no {CHROMIUM}")
+    if CHROMIUM is None:
+        pytest.skip("needs a browser: neither chromium nor google-chrome is installed")
     complaints: list[str] = []
     with playwright.sync_playwright() as api:
         browser = api.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -232,6 +232,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         write_json(self.run / "config.json", self.config.to_json())
         (self.run / "weights.txt").write_text(f"{self.start.report}\n", encoding="utf-8")
+        self.console.print(self.start.report, markup=False, highlight=False)
         details = environment(self.device) | {
             "precision": self.precision,
             "data": self.splits.describe(),

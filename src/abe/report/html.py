@@ -77,7 +77,7 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
         masks=attentive and _masks(attentive, test, queries),
         retrieved=_retrieved(featured, loaded, test, queries),
         facts=_facts(loaded),
-        settings=_differing_settings(trained),
+        settings=_differing_settings([run for run in loaded if run.config]),
         updates={run.label: _updates(run.log) for run in trained},
     )
     try:
