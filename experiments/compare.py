@@ -37,7 +37,7 @@ class Method:
     rates: tuple[float, ...]
 
 
-def balanced(*settings: str, rates: tuple[float, ...] = (0.01, 0.03)) -> Method:
+def balanced(*settings: str, rates: tuple[float, ...] = (0.003, 0.01, 0.03)) -> Method:
     """Eq. 10 with each kind of pair averaged by itself, lambda_div 0.1."""
     return Method(settings, rates)
 

@@ -276,13 +276,15 @@ def find_broken(images: LabelledImages, workers: int | None = None) -> dict[int,
             return error
         return None
 
+    console = Console(stderr=True)
     with ThreadPool(workers) as pool:
         errors = track(
             pool.imap(error_of, range(len(images)), chunksize=16),
             description="checking images",
             total=len(images),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         return {index: error for index, error in enumerate(errors) if error is not None}
 
@@ -379,7 +381,7 @@ def _read_lines(path: Path) -> list[_Line]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not in UTF-8: save it as such") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from None
+        raise InputError(f"{path}, line {reader.reader.line_num}: {error}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not lines:

@@ -179,6 +179,8 @@ class _Batches(Dataset["Batch | InputError"]):
         square = _square(self.images, index, self.preprocessing.resize)
         if self.seed is None:
             return center_crop(square, self.preprocessing.crop)
+        # A spawn key, where a longer seed might repeat the sampler's numbers: zeros at its end
+        # change nothing.
         entropy = np.random.SeedSequence(self.seed, spawn_key=(step, place))
         rng = np.random.default_rng(entropy)
         return random_crop_and_flip(square, self.preprocessing.crop, rng)

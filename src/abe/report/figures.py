@@ -126,7 +126,7 @@ def histogram_chart(title: str, cosines: Mapping[str, Tensor], low: float) -> Ch
     """
     edges = np.linspace(-1, 1, HISTOGRAM_BINS + 1)
     x = Axis.between("cosine", low, 1)
-    y = Axis.between("share of the peak", 0, 1)
+    y = Axis.between("share of its peak", 0, 1)
     marks, means = [], []
     for kind, values in cosines.items():
         if not len(values):

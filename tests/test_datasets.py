@@ -1,0 +1,404 @@
+"""Folders and CSV files as users have them, and what is wrong with some."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from abe.data.datasets import (
+    BrokenImagesError,
+    ImageFiles,
+    check_images,
+    find_broken,
+    image_csv,
+    image_folder,
+    open_dataset,
+    split_by_class,
+)
+from abe.data.decode import BrokenImageError
+from abe.errors import InputError
+
+
+def paint(path, color="red", size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """3 classes of 2 images."""
+    root = tmp_path / "birds"
+    for name in ("wren", "auk", "kite"):
+        for number in (1, 2):
+            paint(root / name / f"{number}.png")
+    return root
+
+
+def relative(images, root):
+    return [path.relative_to(root).as_posix() for path in images.paths]
+
+
+def write_csv(folder, text, *, encoding="utf-8"):
+    path = folder / "list.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def assert_refused(function, *arguments, says):
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    for part in [says] if isinstance(says, str) else says:
+        assert part in str(error.value)
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def test_a_folder_of_class_folders(birds):
+    images, split = open_dataset(birds)
+    assert split is None
+    assert images.name == "birds"
+    assert images.class_names == ["auk", "kite", "wren"]
+    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert images.labels.dtype == np.int64
+    assert len(images) == 6
+    assert images.describe(2) == str(birds / "kite" / "1.png")
+    loaded = images.load(2)
+    assert (loaded.mode, loaded.size) == ("RGB", (8, 6))
+
+
+def test_a_folder_is_named_by_itself_however_it_is_spelled(birds, monkeypatch):
+    monkeypatch.chdir(birds)
+    assert image_folder(".").name == "birds"
+    assert image_folder(f"{birds}/wren/..").name == "birds"
+
+
+def test_natural_order_of_classes_and_files(tmp_path):
+    classes = ["class 10", "Class 9", "class 2", "10", "9", "b", "A", "a"]
+    for name in classes:
+        for file in ("image10.png", "image9.png", "Image1.png"):
+            paint(tmp_path / name / file)
+    images = image_folder(tmp_path)
+    assert images.class_names == ["9", "10", "A", "a", "b", "class 2", "Class 9", "class 10"]
+    assert [path.name for path in images.paths[:3]] == ["Image1.png", "image9.png", "image10.png"]
+
+
+def test_suffixes_nested_folders_and_what_is_passed_over(tmp_path):
+    for name in ("a/1.JPG", "a/x/y/2.jpeg", "a/x/3.webp", "b/4.gif", "b/5.tif", "b/6.BMP"):
+        paint(tmp_path / name)
+    for name in ("notes.txt", "a/Thumbs.db", "a/.hidden.png", ".git/7.png", "b/.cache/8.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert relative(image_folder(tmp_path), tmp_path) == [
+        "a/1.JPG",
+        "a/x/3.webp",
+        "a/x/y/2.jpeg",
+        "b/4.gif",
+        "b/5.tif",
+        "b/6.BMP",
+    ]
+
+
+def test_a_link_to_a_file_within_is_as_good_as_the_file(birds):
+    (birds / "wren" / "3.png").symlink_to(birds / "wren" / "1.png")
+    assert relative(image_folder(birds), birds)[-1] == "wren/3.png"
+
+
+def test_a_root_that_is_a_link_is_opened(birds, tmp_path):
+    (tmp_path / "link").symlink_to(birds)
+    (birds / "wren" / "3.png").symlink_to(birds / "wren" / "1.png")
+    assert len(image_folder(tmp_path / "link")) == 7
+
+
+def test_no_link_out_of_the_root_or_to_a_folder_is_followed(birds, tmp_path):
+    outside = paint(tmp_path / "elsewhere" / "1.png")
+    for link, target in (
+        (birds / "wren" / "out.png", outside),
+        (birds / "owl", outside.parent),
+        (birds / "wren" / "again", birds / "wren"),
+    ):
+        link.symlink_to(target)
+        assert_refused(image_folder, birds, says=[str(link), "is a link", "CSV"])
+        link.unlink()
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(
+        open_dataset, tmp_path / "empty", says="has no sub-folders: it needs one a class"
+    )
+
+    (tmp_path / "texts").mkdir()
+    for name in ("1.txt", "2.txt", "README"):
+        (tmp_path / "texts" / name).touch()
+    says = "no sub-folders but files (2 .txt, 1 without suffix)"
+    assert_refused(open_dataset, tmp_path / "texts", says=says)
+
+    paint(tmp_path / "flat" / "1.png")
+    paint(tmp_path / "flat" / "2.png")
+    says = ["images directly in it (2)", "1.png, 2.png", "one sub-folder a class", "CSV"]
+    assert_refused(open_dataset, tmp_path / "flat", says=says)
+
+
+def test_an_image_beside_the_class_folders(birds):
+    paint(birds / "stray.jpg")
+    assert_refused(open_dataset, birds, says=["images directly in it (1)", "stray.jpg"])
+
+
+def test_a_class_folder_without_images(birds):
+    (birds / "owl" / "deep").mkdir(parents=True)
+    assert_refused(open_dataset, birds, says=[f"{birds / 'owl'} has no images: ", ".jpeg"])
+    (birds / "owl" / "deep" / "1.heic").touch()
+    assert_refused(open_dataset, birds, says="owl has no images but files (1 .heic)")
+
+
+def test_too_few_classes_or_images(tmp_path):
+    paint(tmp_path / "auk" / "1.png")
+    assert_refused(open_dataset, tmp_path, says="has a single class, 'auk'")
+    paint(tmp_path / "kite" / "1.png")
+    paint(tmp_path / "kite" / "2.png")
+    says = ["classes with a single image (1 of 2)", "leave them out: auk"]
+    assert_refused(open_dataset, tmp_path, says=says)
+
+
+def test_neither_a_folder_nor_a_csv(tmp_path):
+    assert_refused(
+        open_dataset, tmp_path / "absent", says="absent: there is no such folder or file"
+    )
+    assert_refused(open_dataset, tmp_path / "absent.csv", says="absent.csv: there is no such")
+    image = paint(tmp_path / "one.JPG")
+    assert_refused(open_dataset, str(image), says="one.JPG is an image: give a folder")
+    archive = tmp_path / "birds.zip"
+    archive.touch()
+    assert_refused(open_dataset, archive, says="birds.zip is neither a folder nor a .csv file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(birds):
+    (birds / "wren").chmod(0)
+    assert_refused(open_dataset, birds, says="wren cannot be read: Permission denied")
+    (birds / "wren").chmod(0o700)
+
+
+# --- CSV files ---------------------------------------------------------------------------------
+
+
+def test_a_csv_of_paths_and_labels(birds):
+    rows = "path,label\nwren/1.png,small\nauk/1.png,large\nwren/2.png,small\nauk/2.png,large\n"
+    images, split = open_dataset(write_csv(birds, rows))
+    assert split is None
+    assert images.name == "list"
+    assert images.class_names == ["large", "small"]
+    assert images.labels.tolist() == [1, 0, 1, 0]
+    assert relative(images, birds) == ["wren/1.png", "auk/1.png", "wren/2.png", "auk/2.png"]
+    assert images.load(0).size == (8, 6)
+
+
+def test_what_spreadsheets_write(birds):
+    """A byte order mark, CRLF, quotes, blank lines, capitals, spaces, columns of one's own."""
+    rows = (
+        "\ufeffLabel, Path ,price,SPLIT\r\n"
+        '"Zaunkönig, klein",wren/1.png,3,Train\r\n'
+        "\r\n"
+        '"a ""b""", auk/1.png ,,TEST\r\n'
+    )
+    images, split = image_csv(write_csv(birds, rows))
+    assert images.class_names == ['a "b"', "Zaunkönig, klein"]
+    assert relative(images, birds) == ["wren/1.png", "auk/1.png"]
+    assert split.tolist() == ["train", "test"]
+
+
+def test_paths_may_lead_anywhere(birds, tmp_path):
+    other = tmp_path / "lists"
+    other.mkdir()
+    rows = f"path,label\n../birds/wren/1.png,a\n{birds / 'auk' / '1.png'},b\n"
+    images, _ = image_csv(write_csv(other, rows))
+    assert [images.load(index).size for index in (0, 1)] == [(8, 6), (8, 6)]
+
+
+def test_a_split_by_class(birds):
+    rows = "path,label,split\nwren/1.png,w,test\nauk/1.png,a,train\nwren/2.png,w,test\n"
+    images, split = image_csv(write_csv(birds, rows + "auk/2.png,a,train\n"))
+    assert split.tolist() == ["test", "train", "test", "train"]
+    assert images.select(np.flatnonzero(split == "train")).labels.tolist() == [0, 0]
+
+
+def test_boxes(tmp_path):
+    pixels = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    Image.fromarray(pixels).save(tmp_path / "1.png")
+    rows = "path,label,x1,y1,x2,y2\n1.png,a,1,2,4,5\n1.png,a,,,,\n1.png,b,-1,0.0,2,1e3\n"
+    images, _ = image_csv(write_csv(tmp_path, rows))
+    np.testing.assert_array_equal(images.load(0), pixels[2:5, 1:4])
+    np.testing.assert_array_equal(images.load(1), pixels)
+    np.testing.assert_array_equal(images.load(2), pixels[:, :2])
+    chosen = images.select(np.array([2, 0]))
+    np.testing.assert_array_equal(chosen.load(0), pixels[:, :2])
+    np.testing.assert_array_equal(chosen.load(1), pixels[2:5, 1:4])
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("", "has no column path, label: its first line is ''"),
+        ("file,label\na,b\n", "has no column path: its first line is 'file,label'"),
+        ("path;label\n1;2\n", "has no column path, label: its first line is 'path;label'"),
+        ("path,label,x1,y1\n", "has no column x2, y2"),
+        ("path,label\n", "lists no images"),
+        ("path,label\n\n,\n", "line 3: no path and no label"),
+        ("path,label\nwren/1.png\n", "line 2: no label"),
+        ("path,label\nwren/1.png,a\n\n,b\n", "line 4: no path"),
+        ("path,label\nwren/1.png,a,b\n", "line 2: more values than columns"),
+        ('path,label\n"wren/1.png"x,a\n', "line 2: "),
+        ("path,label,split\nwren/1.png,a,\n", "line 2: split is ''"),
+        ("path,label,split\nwren/1.png,a,val\n", "line 2: split is 'val', but has to be train or"),
+        ("path,label,x1,y1,x2,y2\nwren/1.png,a,1,2,x,4\n", "line 2: x1,y1,x2,y2 are 1,2,x,4"),
+        ("path,label,x1,y1,x2,y2\nwren/1.png,a,1,2,,4\n", "line 2: x1,y1,x2,y2 are 1,2,,4"),
+        ("path,label,x1,y1,x2,y2\nwren/1.png,a,5,2,5,4\n", "x1 below x2"),
+        ("path,label,x1,y1,x2,y2\nwren/1.png,a,0,nan,5,4\n", "have to be numbers"),
+        ("path,label,x1,y1,x2,y2\nwren/1.png,a,0,0,inf,4\n", "have to be numbers"),
+    ],
+)
+def test_a_csv_that_cannot_be_used(birds, rows, says):
+    path = write_csv(birds, rows)
+    assert_refused(image_csv, path, says=[str(path), says])
+
+
+def test_a_csv_that_is_not_utf8(birds):
+    path = write_csv(birds, "path,label\nwren/1.png,Zaunkönig\n", encoding="cp1252")
+    assert_refused(image_csv, path, says=[str(path), "not in UTF-8"])
+
+
+def test_a_csv_that_is_a_folder_or_absent(tmp_path):
+    (tmp_path / "list.csv").mkdir()
+    assert_refused(image_csv, tmp_path / "list.csv", says="list.csv cannot be read: Is a directory")
+    assert_refused(image_csv, tmp_path / "no.csv", says="no.csv cannot be read: No such file")
+
+
+def test_all_missing_images_are_listed(birds):
+    rows = "path,label\nwren/1.png,a\nwren/7.png,a\nnowhere/1.png,b\nwren,b\n"
+    says = ["not there (3 of 4)", str(birds.resolve()), "wren/7.png", "nowhere/1.png"]
+    assert_refused(image_csv, write_csv(birds, rows), says=says)
+
+
+def test_a_split_that_is_none(birds):
+    head = "path,label,split\nwren/1.png,w,train\nauk/1.png,a,train\n"
+    assert_refused(image_csv, write_csv(birds, head), says="split says train on every line")
+    shared = head + "wren/2.png,w,test\nkite/1.png,k,test\n"
+    says = ["classes both in train and in test (1 of 3)", "choose one part: w"]
+    assert_refused(image_csv, write_csv(birds, shared), says=says)
+
+
+def test_a_csv_with_too_few_classes_or_images(birds):
+    rows = "path,label\nwren/1.png,a\nwren/2.png,a\n"
+    assert_refused(open_dataset, write_csv(birds, rows), says="has a single class, 'a'")
+    says = ["classes with a single image (1 of 2)", "leave them out: b"]
+    assert_refused(open_dataset, write_csv(birds, rows + "auk/1.png,b\n"), says=says)
+
+
+# --- selections and splits ---------------------------------------------------------------------
+
+
+def files_of(labels):
+    names = [f"class {label}" for label in range(max(labels) + 1)]
+    paths = [f"{index}.png" for index in range(len(labels))]
+    return ImageFiles("numbers", paths, np.array(labels), names)
+
+
+def test_a_selection_keeps_labels_and_names():
+    images = files_of([0, 1, 2, 1, 0]).select(np.array([3, 2]))
+    assert list(images.paths) == ["3.png", "2.png"]
+    assert images.labels.tolist() == [1, 2]
+    assert images.class_names == ["class 0", "class 1", "class 2"]
+    assert images.select(np.array([1])).labels.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("classes", "fraction", "num_train"),
+    [(200, 0.5, 100), (196, 0.5, 98), (3, 0.5, 2), (10, 0.29, 3), (10, 0.9, 9)],
+)
+def test_the_first_classes_train_and_the_others_test(classes, fraction, num_train):
+    labels = np.random.default_rng(0).permutation(np.repeat(2 * np.arange(classes), 3))
+    train, test = split_by_class(files_of(labels.tolist()), fraction)
+    assert set(train.labels.tolist()) == set(range(0, 2 * num_train, 2))
+    assert set(test.labels.tolist()) == set(range(2 * num_train, 2 * classes, 2))
+    assert len(train) == 3 * num_train
+    assert len(train) + len(test) == len(labels)
+
+
+@pytest.mark.parametrize(("classes", "fraction"), [(2, 0.5), (3, 0.3), (10, 0.99), (10, 0.1)])
+def test_a_split_with_too_few_classes(classes, fraction):
+    images = files_of([*range(classes), *range(classes)])
+    assert_refused(split_by_class, images, fraction, says=f"data.split_classes={fraction} leaves")
+
+
+# --- broken files ------------------------------------------------------------------------------
+
+
+def damage(root, count):
+    """Cut every second of the first 2 * count files of a class off."""
+    paths = [paint(root / "owl" / f"{number}.png") for number in range(2 * count)]
+    for path in paths[::2]:
+        path.write_bytes(path.read_bytes()[:50])
+    return paths[::2]
+
+
+@pytest.mark.parametrize("workers", [1, 3, None])
+def test_broken_files_are_found(birds, workers):
+    broken = damage(birds, 20)
+    images = image_folder(birds)
+    found = find_broken(images, workers)
+    assert [error.path for error in found.values()] == broken
+    assert [images.paths[index] for index in found] == broken
+    assert all(type(error) is BrokenImageError for error in found.values())
+
+
+def test_broken_files_stop_with_a_list_or_are_skipped(birds, capfd):
+    broken = damage(birds, 3)
+    images = image_folder(birds)
+    with pytest.raises(BrokenImagesError) as error:
+        check_images(images, skip_broken=False)
+    message = str(error.value)
+    assert "birds has images that cannot be read (3 of 12)" in message
+    assert "--skip-broken" in message
+    for path, listed in zip(broken, message.splitlines()[1:], strict=True):
+        assert re.fullmatch(f"{re.escape(str(path))}: .+", listed)
+    kept = check_images(images, skip_broken=True)
+    assert kept.dtype == np.int64
+    assert sorted({*images.paths} - {*images.select(kept).paths}) == broken
+    assert kept.tolist() == sorted(kept)
+    assert capfd.readouterr() == ("", "")  # the progress bar is for terminals
+
+
+def test_a_long_list_is_cut_and_the_error_has_all(birds):
+    broken = damage(birds, 60)
+    with pytest.raises(BrokenImagesError) as error:
+        check_images(image_folder(birds), skip_broken=False)
+    assert len(str(error.value).splitlines()) == 1 + 50 + 1
+    assert str(error.value).endswith("and 10 more")
+    assert [item.path for item in error.value.errors] == broken
+
+
+def test_nothing_is_broken(birds):
+    np.testing.assert_array_equal(check_images(image_folder(birds), False), np.arange(6))
+    np.testing.assert_array_equal(check_images(image_folder(birds), True), np.arange(6))
+
+
+def test_there_has_to_be_something_left(birds):
+    images = image_folder(birds)
+    for path in images.paths:
+        path.write_bytes(b"")
+    with pytest.raises(BrokenImagesError, match=r"cannot be read \(6 of 6\)"):
+        check_images(images, skip_broken=True)
+
+
+def test_a_box_beside_its_image_is_broken(birds):
+    rows = "path,label,x1,y1,x2,y2\nwren/1.png,a,0,0,2,2\nauk/1.png,b,50,0,60,2\n"
+    images, _ = image_csv(write_csv(birds, rows))
+    found = find_broken(images)
+    assert list(found) == [1]
+    assert "the box 50,0,60,2 holds no pixel" in str(found[1])
