@@ -5,7 +5,7 @@ checkpoint has the best Recall@1 on held-out training classes (protocol `val`) i
 other seeds. Every run is a line of the results file, those of the rejected rates too, and a run
 whose line is there is not repeated: stop it and start it as often as you like.
 
-    python experiments/compare.py cub200-2010 --source DATA/cub200-2010
+    python experiments/compare.py photographs --source DATA/cub200-2010
     python experiments/compare.py vehicles
 """
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from abe.config import Config
 from abe.data.splits import open_splits
 from abe.evaluate import evaluate_baselines
-from abe.recipes import photographs
+from abe.recipes import demo, photographs
 from abe.results import append_record, method_name, scores_table
 from abe.runtime import read_json_lines
 from abe.train import Trainer
@@ -53,24 +53,21 @@ FOUR_HEADS = ("model.network=m-heads", "model.num_learners=4", "train.divergence
 ABE_4 = ("model.network=abe", "model.num_learners=4")
 ABE_4_ALIKE = (*ABE_4, "train.divergence_weight=0")
 
-PLANS: dict[str, tuple[tuple[str, ...], tuple[Method, ...]]] = {
-    "cub200-2010": (
-        ("train.steps=120", "train.eval_every=40"),
-        (
-            balanced(*ABE_4),
-            balanced(*ONE_HEAD),
-            balanced(*FOUR_HEADS),
-            as_printed(*ABE_4),
-            as_printed(*ONE_HEAD),
-        ),
+SHORT = ("train.steps=120", "train.eval_every=40")
+PLANS: dict[str, tuple[Config, tuple[Method, ...]]] = {
+    "photographs": (
+        photographs().with_overrides(SHORT),
+        (balanced(*ABE_4), balanced(*ONE_HEAD), balanced(*FOUR_HEADS)),
+    ),
+    "photographs-as-printed": (
+        photographs().with_overrides(SHORT),
+        (as_printed(*ABE_4), as_printed(*ONE_HEAD)),
     ),
     "vehicles": (
-        ("data.resize=96", "data.crop=80", "train.steps=120", "train.eval_every=40"),
-        (
-            balanced(*ABE_4),
-            balanced(*ONE_HEAD, rates=(0.01,)),
-            balanced(*FOUR_HEADS, rates=(0.01,)),
-            balanced(*ABE_4_ALIKE, rates=(0.01,)),
+        demo(),
+        tuple(
+            balanced(*network, rates=(0.01,))
+            for network in (ABE_4, ONE_HEAD, FOUR_HEADS, ABE_4_ALIKE)
         ),
     ),
 }
@@ -85,8 +82,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     arguments = parser.parse_args()
     console = Console()
-    common, methods = PLANS[arguments.plan]
-    base = photographs().with_overrides([f"data.source={arguments.source}", *common])
+    base, methods = PLANS[arguments.plan]
+    base = base.with_overrides([f"data.source={arguments.source}"])
 
     def done(config: Config) -> dict[str, Any] | None:
         records = read_json_lines(arguments.results) if arguments.results.exists() else []
