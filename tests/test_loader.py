@@ -180,12 +180,13 @@ def test_a_file_that_breaks_on_the_way_is_named_by_the_one_error(images, workers
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loop_that_is_left_ends_the_workers(images, workers):
+def test_a_loop_that_is_left_ends_the_workers(images, workers, capfd):
     batches = train(images, stop=10**6, workers=workers)
     next(batches)
     assert len(multiprocessing.active_children()) == workers
     batches.close()
     assert no_workers_left()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_exception_in_the_loop_ends_the_workers(images):
@@ -223,9 +224,9 @@ SCRIPT = """
         next(batches)
     for _ in range(100):
         next(batches)
-    signal.signal(signal.SIGINT, default)
-    print("went on", flush=True)
     try:
+        signal.signal(signal.SIGINT, default)
+        print("went on", flush=True)
         for batch in batches:
             pass
     except KeyboardInterrupt:

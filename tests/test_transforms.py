@@ -60,9 +60,9 @@ def test_normalize_keeps_channels_last_and_the_images(channels):
     assert torch.equal(images, before)
 
 
-def test_whole_numbers_in_a_file_do_not_make_whole_pixels():
-    values = {"mean": [1, 2, 3], "scale": 2}
-    normalized = Preprocessing.from_json(values).normalize(torch.zeros(1, 3, 2, 2).byte())
+def test_whole_numbers_do_not_make_whole_pixels():
+    preprocessing = Preprocessing(mean=(1, 2, 3), scale=2)
+    normalized = preprocessing.normalize(torch.zeros(1, 3, 2, 2).byte())
     assert normalized.dtype == torch.float32
     assert normalized[0, :, 0, 0].tolist() == [-2, -4, -6]
 

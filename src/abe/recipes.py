@@ -60,7 +60,7 @@ def demo(data: str | None = None) -> Config:
             "data.crop=64",
             "data.synthetic_classes=120",
             "data.synthetic_images=16",
-            "train.steps=80",
+            "train.steps=120",
             "train.eval_every=40",
         ]
     )

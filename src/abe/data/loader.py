@@ -6,6 +6,7 @@ Shapes: B images of H = W = `preprocessing.crop` pixels, N images in a data set.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
@@ -200,7 +201,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
         sampler=steps,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
         generator=torch.Generator(),  # leaves the global random state alone
     )
     for batch in loader:
@@ -209,6 +210,10 @@ def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
         yield batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches every process of a terminal, to the main process alone."""
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and the main one may want to finish its step.
+
+    Where it does not, the thread that hands tensors over to it would print that as an exception.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *exception: None
