@@ -115,6 +115,28 @@ def test_a_root_that_is_a_link_is_opened(birds, tmp_path):
     assert len(image_folder(tmp_path / "link")) == 7
 
 
+def test_a_link_out_of_the_root_that_is_no_image_is_passed_over(birds, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (birds / "wren" / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    assert len(image_folder(birds)) == 6
+
+
+def test_a_link_that_leads_nowhere_is_a_broken_image(birds):
+    (birds / "wren" / "3.png").symlink_to(birds / "wren" / "absent.png")
+    (birds / "wren" / "4.png").symlink_to(birds / "wren" / "4.png")
+    assert list(find_broken(image_folder(birds))) == [6, 7]
+
+
+def test_names_that_look_like_something_else(tmp_path):
+    names = ["a.jpg/1.png", "a.jpg/b.png/2.png", "x\ny/3\n.png", "Zaunkönig/4 ü.png", "²/5.png"]
+    for name in names:
+        paint(tmp_path / name)
+    images = image_folder(tmp_path)
+    assert set(images.class_names) == {"a.jpg", "x\ny", "Zaunkönig", "²"}
+    assert set(relative(images, tmp_path)) == set(names)
+    assert find_broken(images) == {}
+
+
 def test_no_link_out_of_the_root_or_to_a_folder_is_followed(birds, tmp_path):
     outside = paint(tmp_path / "elsewhere" / "1.png")
     for link, target in (
@@ -152,9 +174,11 @@ def test_an_image_beside_the_class_folders(birds):
 
 def test_a_class_folder_without_images(birds):
     (birds / "owl" / "deep").mkdir(parents=True)
-    assert_refused(open_dataset, birds, says=[f"{birds / 'owl'} has no images: ", ".jpeg"])
+    (birds / "rail").mkdir()
+    says = ["class folders without images (2 of 5)", ".jpeg", ": owl, rail"]
+    assert_refused(open_dataset, birds, says=says)
     (birds / "owl" / "deep" / "1.heic").touch()
-    assert_refused(open_dataset, birds, says="owl has no images but files (1 .heic)")
+    assert_refused(open_dataset, birds, says="owl but files (1 .heic), rail")
 
 
 def test_too_few_classes_or_images(tmp_path):
@@ -167,10 +191,9 @@ def test_too_few_classes_or_images(tmp_path):
 
 
 def test_neither_a_folder_nor_a_csv(tmp_path):
-    assert_refused(
-        open_dataset, tmp_path / "absent", says="absent: there is no such folder or file"
-    )
-    assert_refused(open_dataset, tmp_path / "absent.csv", says="absent.csv: there is no such")
+    for name in ("absent", "absent.csv", "absent.png"):
+        says = f"{name}: there is no such folder or file"
+        assert_refused(open_dataset, tmp_path / name, says=says)
     image = paint(tmp_path / "one.JPG")
     assert_refused(open_dataset, str(image), says="one.JPG is an image: give a folder")
     archive = tmp_path / "birds.zip"
@@ -206,11 +229,13 @@ def test_what_spreadsheets_write(birds):
         '"Zaunkönig, klein",wren/1.png,3,Train\r\n'
         "\r\n"
         '"a ""b""", auk/1.png ,,TEST\r\n'
+        "c,kite/1.png,,train\r\n"
+        '"two\r\nlines",kite/2.png,,test'
     )
     images, split = image_csv(write_csv(birds, rows))
-    assert images.class_names == ['a "b"', "Zaunkönig, klein"]
-    assert relative(images, birds) == ["wren/1.png", "auk/1.png"]
-    assert split.tolist() == ["train", "test"]
+    assert images.class_names == ['a "b"', "c", "two\r\nlines", "Zaunkönig, klein"]
+    assert relative(images, birds) == ["wren/1.png", "auk/1.png", "kite/1.png", "kite/2.png"]
+    assert split.tolist() == ["train", "test", "train", "test"]
 
 
 def test_paths_may_lead_anywhere(birds, tmp_path):
@@ -222,10 +247,10 @@ def test_paths_may_lead_anywhere(birds, tmp_path):
 
 
 def test_a_split_by_class(birds):
-    rows = "path,label,split\nwren/1.png,w,test\nauk/1.png,a,train\nwren/2.png,w,test\n"
-    images, split = image_csv(write_csv(birds, rows + "auk/2.png,a,train\n"))
-    assert split.tolist() == ["test", "train", "test", "train"]
-    assert images.select(np.flatnonzero(split == "train")).labels.tolist() == [0, 0]
+    rows = "path,label,split\nwren/1.png,w,test\nauk/1.png,a,train\nwren/2.png,b,train\n"
+    images, split = image_csv(write_csv(birds, rows + "auk/2.png,x,test\n"))
+    assert split.tolist() == ["test", "train", "train", "test"]
+    assert images.select(np.flatnonzero(split == "train")).labels.tolist() == [0, 1]
 
 
 def test_boxes(tmp_path):
@@ -281,13 +306,22 @@ def test_a_csv_that_is_a_folder_or_absent(tmp_path):
 
 def test_all_missing_images_are_listed(birds):
     rows = "path,label\nwren/1.png,a\nwren/7.png,a\nnowhere/1.png,b\nwren,b\n"
-    says = ["not there (3 of 4)", str(birds.resolve()), "wren/7.png", "nowhere/1.png"]
-    assert_refused(image_csv, write_csv(birds, rows), says=says)
+    path = write_csv(birds, rows)
+    says = ["not there (3 of 4)", str(birds.resolve()), "wren/7.png: no such file", "nowhere/1.png"]
+    assert_refused(image_csv, path, says=says)
+    write_csv(birds, rows + "".join(f"{number}.png,c\n" for number in range(1000)))
+    with pytest.raises(BrokenImagesError) as error:
+        image_csv(path)
+    assert len(str(error.value).splitlines()) == 1 + 20 + 1
+    assert len(error.value.errors) == 1003
 
 
 def test_a_split_that_is_none(birds):
     head = "path,label,split\nwren/1.png,w,train\nauk/1.png,a,train\n"
-    assert_refused(image_csv, write_csv(birds, head), says="split says train on every line")
+    says = "splits 2 classes into 2 of train and 0 of test: mark 2 or more as each"
+    assert_refused(image_csv, write_csv(birds, head), says=says)
+    says = "splits 3 classes into 2 of train and 1 of test"
+    assert_refused(image_csv, write_csv(birds, head + "kite/1.png,k,test\n"), says=says)
     shared = head + "wren/2.png,w,test\nkite/1.png,k,test\n"
     says = ["classes both in train and in test (1 of 3)", "choose one part: w"]
     assert_refused(image_csv, write_csv(birds, shared), says=says)
@@ -319,7 +353,7 @@ def test_a_selection_keeps_labels_and_names():
 
 @pytest.mark.parametrize(
     ("classes", "fraction", "num_train"),
-    [(200, 0.5, 100), (196, 0.5, 98), (3, 0.5, 2), (10, 0.29, 3), (10, 0.9, 9)],
+    [(200, 0.5, 100), (196, 0.5, 98), (4, 0.5, 2), (10, 0.29, 3), (10, 0.8, 8)],
 )
 def test_the_first_classes_train_and_the_others_test(classes, fraction, num_train):
     labels = np.random.default_rng(0).permutation(np.repeat(2 * np.arange(classes), 3))
@@ -330,10 +364,17 @@ def test_the_first_classes_train_and_the_others_test(classes, fraction, num_trai
     assert len(train) + len(test) == len(labels)
 
 
-@pytest.mark.parametrize(("classes", "fraction"), [(2, 0.5), (3, 0.3), (10, 0.99), (10, 0.1)])
-def test_a_split_with_too_few_classes(classes, fraction):
+@pytest.mark.parametrize(
+    ("classes", "fraction", "train", "test"),
+    [(2, 0.5, 1, 1), (3, 0.5, 2, 1), (10, 0.9, 9, 1), (10, 0.99, 10, 0), (10, 0.1, 1, 9)],
+)
+def test_a_split_with_too_few_classes(classes, fraction, train, test):
     images = files_of([*range(classes), *range(classes)])
-    assert_refused(split_by_class, images, fraction, says=f"data.split_classes={fraction} leaves")
+    says = [
+        f"data.split_classes={fraction} splits {classes} classes",
+        f"into {train} to train on and {test} to test on: use another share, or more classes",
+    ]
+    assert_refused(split_by_class, images, fraction, says=says)
 
 
 # --- broken files ------------------------------------------------------------------------------
@@ -378,8 +419,8 @@ def test_a_long_list_is_cut_and_the_error_has_all(birds):
     broken = damage(birds, 60)
     with pytest.raises(BrokenImagesError) as error:
         check_images(image_folder(birds), skip_broken=False)
-    assert len(str(error.value).splitlines()) == 1 + 50 + 1
-    assert str(error.value).endswith("and 10 more")
+    assert len(str(error.value).splitlines()) == 1 + 20 + 1
+    assert str(error.value).endswith("and 40 more")
     assert [item.path for item in error.value.errors] == broken
 
 
@@ -392,8 +433,48 @@ def test_there_has_to_be_something_left(birds):
     images = image_folder(birds)
     for path in images.paths:
         path.write_bytes(b"")
-    with pytest.raises(BrokenImagesError, match=r"cannot be read \(6 of 6\)"):
+    with pytest.raises(BrokenImagesError, match=r"\(6 of 6\), .* than 2 \(auk, kite, wren\)"):
         check_images(images, skip_broken=True)
+
+
+def test_a_class_is_not_left_with_a_single_image(birds):
+    for name in ("auk/3.png", "kite/3.png"):
+        paint(birds / name)
+    for name in ("auk/2.png", "kite/1.png", "kite/3.png", "wren/1.png"):
+        (birds / name).write_bytes(b"")
+    with pytest.raises(BrokenImagesError, match=r"\(4 of 8\), .* than 2 \(kite, wren\)") as error:
+        check_images(image_folder(birds), skip_broken=True)
+    broken = [birds / name for name in ("kite/1.png", "kite/3.png", "wren/1.png")]
+    assert [item.path for item in error.value.errors] == broken
+
+
+def test_what_reads_an_image_and_what_hears_of_it_can_be_given(birds):
+    images, done, seen = image_folder(birds), [], set()
+
+    def read(index):
+        seen.add(index)
+        if index == 4:
+            raise BrokenImageError(images.paths[4], "no")
+
+    found = find_broken(images, 2, read=read, on_progress=done.append)
+    assert {index: str(error) for index, error in found.items()} == {4: f"{images.paths[4]}: no"}
+    assert seen == set(range(6))
+    assert done == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_broken_image(birds):
+    def read(index):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        find_broken(image_folder(birds), read=read)
+
+
+def test_what_was_read_of_a_broken_file_is_not_kept(birds):
+    damage(birds, 1)
+    (error,) = find_broken(image_folder(birds)).values()
+    assert error.__traceback__ is None
+    assert error.__context__ is None
 
 
 def test_a_box_beside_its_image_is_broken(birds):
@@ -401,4 +482,4 @@ def test_a_box_beside_its_image_is_broken(birds):
     images, _ = image_csv(write_csv(birds, rows))
     found = find_broken(images)
     assert list(found) == [1]
-    assert "the box 50,0,60,2 holds no pixel" in str(found[1])
+    assert "the box 50,0,60,2 holds none of its 8 x 6 pixels" in str(found[1])

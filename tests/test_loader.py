@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -16,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from abe.data.datasets import image_folder
+from abe.data.datasets import BrokenImagesError, image_folder
 from abe.data.decode import BrokenImageError
 from abe.data.loader import cache_decoded, evaluation_batches, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
@@ -135,10 +137,12 @@ def test_the_global_random_state_is_left_alone(images, workers):
     assert pickle.dumps(np.random.get_state()) == numpy_state  # noqa: NPY002
 
 
-def test_a_long_run_starts_at_once(images):
-    started = time.perf_counter()
-    next(train(images, stop=10**9))
-    assert time.perf_counter() - started < 1
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_steps_to_come_take_no_memory(images, workers):
+    far = 10**15
+    batches = train(images, start=far - 2, stop=10**18, workers=workers)
+    assert_same(itertools.islice(batches, 3), train(images, start=far - 2, stop=far + 1))
+    batches.close()
 
 
 def test_no_step_is_left(images):
@@ -257,9 +261,8 @@ def test_ctrl_c_reaches_the_main_process_alone(images):
 # --- the cache ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_cache_changes_no_pixel(images, workers):
-    cached = cache_decoded(images, 24, workers)
+def test_the_cache_changes_no_pixel(images):
+    cached = cache_decoded(images, 24)
     assert cached.squares.shape == (30, 24, 24, 3)
     assert_same(train(cached), train(images))
     assert_same(train(cached, workers=2), train(images))
@@ -302,10 +305,64 @@ def test_a_selection_of_cached_images_shares_their_memory(images):
         )
 
 
+class NoCopies(np.ndarray):
+    def __reduce__(self):
+        raise AssertionError("a worker would get a copy of the cache")
+
+
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="only a fork shares memory"
+)
+def test_workers_share_the_cache(images):
+    cached = cache_decoded(images, 24)
+    shared = dataclasses.replace(cached, squares=cached.squares.view(NoCopies))
+    assert_same(train(shared, workers=2), train(images))
+
+
+SPAWN = """
+    import sys
+    import torch
+    from abe.data.datasets import image_folder
+    from abe.data.loader import cache_decoded, evaluation_batches
+    from abe.data.transforms import Preprocessing
+
+    if __name__ == "__main__":
+        torch.multiprocessing.set_start_method("spawn")
+        images = cache_decoded(image_folder(sys.argv[1]), 24)
+        batches, others = (
+            evaluation_batches(images, Preprocessing(resize=24, crop=16), 8, workers)
+            for workers in (0, 1)
+        )
+        for batch, other in zip(batches, others, strict=True):
+            assert all(torch.equal(*tensors) for tensors in zip(batch, other, strict=True))
+        print("the same")
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_spawned(images, tmp_path_factory):
+    """As on macOS and Windows."""
+    script = tmp_path_factory.mktemp("script") / "spawn.py"
+    script.write_text(textwrap.dedent(SPAWN))
+    command = [sys.executable, script, images.paths[0].parents[1]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("the same\n", "", 0)
+
+
 def test_a_broken_file_and_the_cache(images):
-    images.paths[3].write_bytes(b"")
-    with pytest.raises(BrokenImageError, match=r"3\.png"):
+    for index in (3, 20):
+        images.paths[index].write_bytes(b"")
+    with pytest.raises(BrokenImagesError, match=r"\(2 of 30\)") as error:
         cache_decoded(images, 24)
+    assert [item.path for item in error.value.errors] == [images.paths[3], images.paths[20]]
+
+    done = []
+    cached = cache_decoded(images, 24, skip_broken=True, on_progress=done.append)
+    assert done == list(range(1, 31))
+    kept = images.select(np.setdiff1d(np.arange(30), [3, 20]))
+    assert len(cached) == 28
+    assert cached.labels.tolist() == kept.labels.tolist()
+    assert_same(evaluation_batches(cached, PREPROCESSING), evaluation_batches(kept, PREPROCESSING))
 
 
 def test_a_cache_larger_than_any_memory(images):

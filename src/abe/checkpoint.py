@@ -13,16 +13,16 @@ renamed; one whose files do not have the hash that meta.json tells is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +34,6 @@ from abe.model.ensemble import AttentionEnsemble
 from abe.runtime import write_json
 from abe.start import build_model
 
-FORMAT = 1
 _MODEL, _TRAINING, _META = "model.safetensors", "training.safetensors", "meta.json"
 
 
@@ -44,6 +43,20 @@ class Best:
 
     step: int
     recall_at_1: float
+
+
+class _Meta(BaseModel):
+    """meta.json."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[1]
+    step: int
+    config: dict[str, Any]
+    preprocessing: dict[str, Any]
+    weights: dict[str, str] | None
+    best: Best | None
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,39 +79,46 @@ class Checkpoint:
         Raises:
             InputError: no checkpoint, one of another format, or a file that was changed or cut.
         """
+        meta = _read_meta(path / _META)
         try:
-            meta = json.loads((path / _META).read_text(encoding="utf-8"))
-            if meta["format"] != FORMAT:
-                raise InputError(
-                    f"{path} has checkpoint format {meta['format']}, this version of abe reads "
-                    f"{FORMAT}: use the version of abe that wrote it"
-                )
-            tensors = {name: _verified(path / name, meta["sha256"][name]) for name in _FILES}
-            return cls(
-                path=path,
-                step=meta["step"],
-                config=Config.from_json(meta["config"]),
-                preprocessing=Preprocessing.from_json(meta["preprocessing"]),
-                weights=meta["weights"],
-                best=Best(**meta["best"]) if meta["best"] else None,
-                model=tensors[_MODEL],
-                training=tensors[_TRAINING],
-            )
-        except InputError:
-            raise
-        except FileNotFoundError as error:
-            raise InputError(f"{path} is no checkpoint: {error.filename} is missing") from None
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged: {error!r}") from None
+            config = Config.from_json(meta.config)
+            preprocessing = Preprocessing.from_json(meta.preprocessing)
+        except InputError as error:
+            raise InputError(f"{path / _META}: {error}") from None
+        return cls(
+            path=path,
+            step=meta.step,
+            config=config,
+            preprocessing=preprocessing,
+            weights=meta.weights,
+            best=meta.best,
+            model=_verified(path / _MODEL, meta),
+            training=_verified(path / _TRAINING, meta),
+        )
+
+    def load_into(self, model: AttentionEnsemble) -> None:
+        """Give a network this checkpoint's weights.
+
+        Raises:
+            InputError: they are of another network.
+        """
+        try:
+            model.load_state_dict(self.model)
+        except RuntimeError:
+            raise InputError(
+                f"{self.path}: the weights are of another network than its configuration says: "
+                "use another checkpoint"
+            ) from None
 
     def build_model(self) -> AttentionEnsemble:
-        """The network with this checkpoint's weights, in evaluation mode, on the CPU."""
+        """The network with this checkpoint's weights, in evaluation mode, on the CPU.
+
+        Raises:
+            InputError: as `load_into`.
+        """
         model = build_model(self.config)
-        model.load_state_dict(self.model)
+        self.load_into(model)
         return model.eval()
-
-
-_FILES = (_MODEL, _TRAINING)
 
 
 def save_checkpoint(
@@ -112,25 +132,34 @@ def save_checkpoint(
     model: Mapping[str, Tensor],
     training: Mapping[str, Tensor],
 ) -> Path:
-    """Write the checkpoint of `step` into `folder`; it appears there complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the checkpoint of `step` into `folder`; it appears there complete.
+
+    Raises:
+        InputError: the disk is full, or refuses to be written.
+    """
     path = folder / f"step-{step:08d}"
-    beside = folder / f".{path.name}.{os.getpid()}"
+    beside = folder / ".unfinished"  # what an earlier attempt may have left, too
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    beside.mkdir(parents=True)
     for name, tensors in ((_MODEL, model), (_TRAINING, training)):
-        save_file({key: value.contiguous() for key, value in tensors.items()}, beside / name)
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, beside / name)
+        except SafetensorError as error:  # safetensors' way to report an OSError
+            raise InputError(
+                f"{beside / name} cannot be written ({error}): make room for it, then go on with "
+                "--resume"
+            ) from None
         _flush(beside / name)
-    meta = {
-        "format": FORMAT,
-        "step": step,
-        "config": config.to_json(),
-        "preprocessing": preprocessing.to_json(),
-        "weights": weights,
-        "best": None if best is None else vars(best),
-        "sha256": {name: _sha256(beside / name) for name in _FILES},
-    }
-    write_json(beside / _META, meta)
+    meta = _Meta(
+        format=1,
+        step=step,
+        config=config.to_json(),
+        preprocessing=preprocessing.to_json(),
+        weights=weights,
+        best=best,
+        sha256={name: _sha256(beside / name) for name in (_MODEL, _TRAINING)},
+    )
+    write_json(beside / _META, meta.model_dump())
     _flush(beside)
     shutil.rmtree(path, ignore_errors=True)
     beside.rename(path)
@@ -159,7 +188,8 @@ def load_latest(run: Path) -> Checkpoint:
     """
     paths = checkpoints(run)
     if not paths:
-        raise InputError(f"{run} holds no checkpoint: give the folder of a run")
+        found = "has no checkpoints" if run.is_dir() else "is not a folder"
+        raise InputError(f"{run} {found}: give the folder of a run")
     for path in reversed(paths):
         try:
             return Checkpoint.load(path)
@@ -176,8 +206,6 @@ def load_selected(path: Path) -> Checkpoint:
     Raises:
         InputError: `path` is neither a run nor a checkpoint, or the checkpoint is damaged.
     """
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give the folder of a run or of a checkpoint")
     if (path / _META).exists():
         return Checkpoint.load(path)
     latest = load_latest(path)
@@ -209,10 +237,31 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     )
 
 
-def _verified(path: Path, sha256: str) -> dict[str, Tensor]:
-    if _sha256(path) != sha256:
-        raise InputError(f"{path} was changed or cut since it was written: use another checkpoint")
-    return load_file(path)
+def _read_meta(path: Path) -> _Meta:
+    try:
+        return _Meta.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is no checkpoint: {path.name} is missing") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = ": ".join([*map(str, problem["loc"]), problem["msg"]])
+        raise InputError(
+            f"{path} is damaged or of another version of abe ({what}): use another checkpoint, or "
+            "train anew"
+        ) from None
+
+
+def _verified(path: Path, meta: _Meta) -> dict[str, Tensor]:
+    advice = "use another checkpoint, or train anew"
+    try:
+        if _sha256(path) == meta.sha256.get(path.name):
+            return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({reason}): {advice}") from None
+    raise InputError(f"{path} was changed or cut since it was written: {advice}")
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any, Literal, Self
@@ -19,7 +21,12 @@ from abe.errors import InputError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # --set data.source=2010 is a folder's name
+    )
 
 
 class ModelConfig(_Section):
@@ -30,15 +37,25 @@ class ModelConfig(_Section):
     embedding_dim: int = Field(512, ge=1)  # D, of the ensemble
     backbone: str = "googlenet"
     branch_point: str | None = None  # last stage of S; None: the backbone's own (Fig. 7b)
-    attention_depth: int | None = None  # blocks in C; None: the backbone's own (Fig. 7a)
+    attention_depth: int | None = Field(None, ge=1)  # blocks in C; None: the backbone's (Fig. 7a)
     attention_width: float = Field(1.0, gt=0)
     weights: str | None = "googlenet-mini-imagenet"  # a known name or a file; None: random
 
     @model_validator(mode="after")
-    def _learners_share_the_embedding(self) -> Self:
+    def _parts_fit(self) -> Self:
+        from abe.model.backbones import get_backbone
         from abe.model.ensemble import learner_dim
+        from abe.model.weights import SOURCES
 
         learner_dim(self.num_learners, self.embedding_dim)
+        backbone = get_backbone(self.backbone).name
+        source = SOURCES.get(self.weights or "")
+        if source is not None and source.backbone != backbone:
+            fitting = [other.name for other in SOURCES.values() if other.backbone == backbone]
+            raise InputError(
+                f"model.weights={source.name} are of the backbone {source.backbone}, not of "
+                f"{backbone}: use {', '.join(fitting)}, a file or none"
+            )
         return self
 
 
@@ -56,6 +73,15 @@ class DataConfig(_Section):
     synthetic_classes: int = Field(200, ge=4)
     synthetic_images: int = Field(20, ge=2)  # a class
 
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.crop > self.resize:
+            raise InputError(
+                f"data.crop={self.crop} does not fit into data.resize={self.resize}: "
+                "make the crop the smaller one"
+            )
+        return self
+
 
 class TrainConfig(_Section):
     """Mini-batches, losses (Eqs. 8-10), optimiser and schedule."""
@@ -66,11 +92,11 @@ class TrainConfig(_Section):
     images_per_class: int = Field(4, ge=2)  # K of "classes"
 
     metric_loss: str = "contrastive"  # Eq. 10, or "MultiSimilarityLoss(alpha=2)" and the like
-    margin: float = 1.0
+    margin: float = Field(1.0, gt=0)
     normalization: Literal["per_image", "sum", "balanced"] = "per_image"
     normalize_embeddings: bool = True  # False hands the metric loss raw embeddings
     divergence_weight: float = Field(1.0, ge=0)  # lambda_div of Eq. 8; 0 switches Eq. 9 off
-    divergence_margin: float = 1.0
+    divergence_margin: float = Field(1.0, gt=0)
     divergence_normalization: Literal["per_image", "sum", "per_pair"] = "per_image"
     divergence_warmup: int = Field(0, ge=0)  # steps over which lambda_div grows from 0
 
@@ -90,18 +116,45 @@ class TrainConfig(_Section):
     eval_every: int = Field(1000, ge=1)  # steps between evaluations, each with a checkpoint
     log_every: int = Field(10, ge=1)
 
+    @model_validator(mode="after")
+    def _batches_are_whole(self) -> Self:
+        if self.sampler == "pairs":
+            unit, least, what = 4, 4, "pairs, half of them positive"
+        else:
+            unit, least = self.images_per_class, 2 * self.images_per_class
+            what = f"2 or more classes of train.images_per_class={unit}"
+        if self.batch_size < least or self.batch_size % unit:
+            below = max(least, self.batch_size // unit * unit)
+            raise InputError(
+                f"train.batch_size={self.batch_size} cannot be made of {what}: "
+                f"use {below} or {below + unit}"
+            )
+        return self
+
 
 class Config(_Section):
     """A whole run."""
 
     recipe: str = "paper"  # where the settings came from, for the record
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     protocol: Literal["val", "paper"] = "val"  # what picks the checkpoint, see docs/protocol.md
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _backbone_takes_the_crop(self) -> Self:
+        from abe.model.backbones import get_backbone
+
+        smallest = get_backbone(self.model.backbone).min_image_size
+        if self.data.crop < smallest:
+            raise InputError(
+                f"data.crop={self.data.crop} is too small for model.backbone="
+                f"{self.model.backbone}: it takes {smallest} and above"
+            )
+        return self
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -134,8 +187,10 @@ class Config(_Section):
             target: Any = values
             for section in sections:
                 target = target.get(section) if isinstance(target, dict) else None
-            if not isinstance(target, dict) or isinstance(target.get(name), dict):
+            if not isinstance(target, dict):
                 raise InputError(_unknown_key(key))
+            if isinstance(target.get(name), dict):
+                raise InputError(f"{key} is a group of settings: see `abe config` for those in it")
             target[name] = _parse(text)
         return self.from_json(values)
 
@@ -161,20 +216,24 @@ def _parse(text: str) -> Any:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(map(str, error["loc"])) or "the configuration"
     if error["type"] == "extra_forbidden":
         return _unknown_key(key)
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}={error['input']!r}: {message}" if error["type"] != "value_error" else message
+    if error["type"] == "value_error":  # one of our own
+        return str(error["ctx"]["error"])
+    wanted = re.sub(r"(, (unable|got)| or instance) .*", "", error["msg"])
+    return f"{key}={reprlib.repr(error['input'])}: {wanted.replace('Input should', 'it has to')}"
 
 
 def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else "see `abe config` for all of them"
+    known = {name.rpartition(".")[2]: name for name in _keys(Config)}
+    near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    hint = f"did you mean {known[near[0]]!r}?" if near else "see `abe config` for all of them"
     return f"there is no setting {key!r}: {hint}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All settings by their full names; no two of them end alike."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _keys(field.annotation, f"{prefix}{name}.")

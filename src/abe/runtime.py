@@ -30,15 +30,19 @@ def choose_device(name: str = "auto") -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device={name} is unknown: use auto, cpu, cuda or mps")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"device {name!r} cannot be used here ({reason}): use auto, cpu or cuda"
-        ) from None
-    return device
+            f"device={name}: PyTorch finds no CUDA GPU here: use auto or cpu, or install a build "
+            "of PyTorch that fits the GPU"
+        )
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={name} cannot be used ({reason}): use auto or cpu") from None
 
 
 def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
@@ -78,10 +82,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file as one step: a reader sees the old one or the new one."""
+    text = json.dumps(value, indent=2) + "\n"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
@@ -90,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 def append_json_line(path: Path, value: Any) -> None:
     """Add one line of JSON to a file, in a single write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value, ensure_ascii=False) + "\n"
+    line = json.dumps(value) + "\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(line)
 
@@ -102,17 +106,23 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         InputError: the file cannot be read, or a line is no JSON object; the message names it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not in UTF-8, so abe did not write it") from None
     values = []
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError):
+            value = None
         if not isinstance(value, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object")
+            raise InputError(
+                f"{path}, line {number} is no JSON object: correct or remove it. It begins with "
+                f"{line.rstrip()[:40]!r}"
+            )
         values.append(value)
     return values
 

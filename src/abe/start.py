@@ -53,15 +53,16 @@ def start(config: Config) -> Start:
     """
     torch.manual_seed(config.seed)
     model = build_model(config)
-    size = {"resize": config.data.resize, "crop": config.data.crop}
+    resize, crop = config.data.resize, config.data.crop
     if config.model.weights is None:
-        return Start(model, Preprocessing(**size), None, frozenset(), "random weights")
+        preprocessing = Preprocessing(resize=resize, crop=crop)
+        return Start(model, preprocessing, None, frozenset(), "random weights")
     weights = read_weights(config.model.weights)
     report = load_pretrained(model.backbone_parts(), weights)
     loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
     return Start(
         model,
-        dataclasses.replace(weights.preprocessing or Preprocessing(), **size),
+        dataclasses.replace(weights.preprocessing or Preprocessing(), resize=resize, crop=crop),
         {"source": weights.source, "sha256": weights.sha256},
         frozenset(name for name, _ in model.named_parameters()) - loaded,
         str(report),

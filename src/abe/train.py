@@ -78,7 +78,7 @@ class Trainer:
         self.console = console or Console(stderr=True)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
-        self.splits: Splits = open_splits(config.data, config.protocol)
+        self.splits: Splits = open_splits(config.data, config.protocol, self.console)
         self.sampler = _sampler(config, self.splits.train.labels)
 
         self.start = start(config)
@@ -116,7 +116,7 @@ class Trainer:
         """
         self._begin()
         with StopSignal().listening() as stop, self._progress() as advance:
-            if self.step == 0:
+            if self.best is None:
                 self._evaluate_and_save()
             for batch in training_batches(
                 self.splits.train,
@@ -224,7 +224,7 @@ class Trainer:
         return lambda unit, labels: loss(unit if normalize else raw, self.class_index[labels])
 
     def _begin(self) -> None:
-        if self.step == 0 and checkpoints(self.run):
+        if self.best is None and checkpoints(self.run):
             raise InputError(
                 f"{self.run} holds a run already: go on with `abe train --resume {self.run}`, "
                 "or give another folder"

@@ -1,0 +1,1 @@
+"""Images: reading them, splitting them by class, mini-batches of them."""

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from abe.data.decode import Box, BrokenImageError, read_image
 from abe.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EDGES = ("x1", "y1", "x2", "y2")  # columns of a box
-LISTED = 50  # files or classes that a message names at most
+LISTED = 20  # files or classes that a message names at most
 
 
 class LabelledImages(Protocol):
@@ -58,6 +55,9 @@ class LabelledImages(Protocol):
     def select(self, indices: np.ndarray) -> Self:
         """A part of the images, with the same labels."""
         ...
+
+
+Images = TypeVar("Images", bound=LabelledImages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +115,9 @@ def open_dataset(spec: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
     """
     path = Path(spec)
     split = None
-    if os.path.isdir(path):
+    if path.is_dir():
         images = image_folder(path)
-    elif not os.path.exists(path):
+    elif not path.exists():
         raise InputError(f"{path}: there is no such folder or file")
     elif path.suffix.lower() == ".csv":
         images, split = image_csv(path)
@@ -131,7 +131,7 @@ def open_dataset(spec: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
     if len(sizes) < 2:
         raise InputError(
             f"{path} has a single class, {images.class_names[0]!r}: an embedding is learned from "
-            "2 or more"
+            "2 or more; of a folder, the sub-folders are the classes"
         )
     if singles := [images.class_names[int(label)] for label in np.flatnonzero(sizes == 1)]:
         raise InputError(
@@ -163,16 +163,19 @@ def image_folder(root: str | Path) -> ImageFiles:
         raise InputError(f"{root} has no sub-folders{_seen(loose)}: it needs one a class")
     paths: list[Path] = []
     labels: list[int] = []
+    empty: list[str] = []
     for label, folder in enumerate(folders):
         files = list(_files(folder, inside))
         images = [path for path in files if _is_image(path)]
         if not images:
-            raise InputError(
-                f"{folder} has no images{_seen(files)}: remove it, or add files that end in "
-                f"{', '.join(IMAGE_SUFFIXES)}"
-            )
+            empty.append(f"{folder.name}{_seen(files)}")
         paths += images
         labels += [label] * len(images)
+    if empty:
+        raise InputError(
+            f"{root} has class folders without images ({len(empty)} of {len(folders)}); remove "
+            f"them, or add files that end in {', '.join(IMAGE_SUFFIXES)}: {_listed(empty)}"
+        )
     return ImageFiles(
         inside.name, paths, np.array(labels, np.int64), [folder.name for folder in folders]
     )
@@ -190,115 +193,136 @@ def image_csv(path: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
 
     Raises:
         InputError: the file cannot be read, a column or an image is missing, a value is none of
-            those above (the message has its line), or a class is in both parts of the split.
+            those above (the message has its line), a class is in both parts of the split, or a part
+            has fewer than 2 classes.
     """
     path = Path(path)
     lines = _read_lines(path)
     if absent := [line.path for line in lines if not os.path.isfile(line.path)]:
-        raise InputError(
+        raise BrokenImagesError(
             f"{path} lists images that are not there ({len(absent)} of {len(lines)}); paths are "
-            f"relative to {path.parent.resolve()}:\n{_listed(absent, separator=chr(10))}"
+            f"relative to {path.parent.resolve()}",
+            [BrokenImageError(file, "no such file") for file in absent],
         )
     names = sorted({line.label for line in lines}, key=_natural)
     label_of = {name: label for label, name in enumerate(names)}
+    labels = np.array([label_of[line.label] for line in lines], np.int64)
     images = ImageFiles(
-        path.stem,
-        [line.path for line in lines],
-        np.array([label_of[line.label] for line in lines], np.int64),
-        names,
-        [line.box for line in lines],
+        path.stem, [line.path for line in lines], labels, names, [line.box for line in lines]
     )
     if lines[0].split is None:
         return images, None
     split = np.array([line.split for line in lines])
-    parts = [set(images.labels[split == part].tolist()) for part in ("train", "test")]
-    if not all(parts):
-        raise InputError(
-            f"{path}: the column split says {split[0]} on every line: mark some classes as the "
-            "other part, or remove the column"
-        )
-    if shared := [names[label] for label in sorted(set.intersection(*parts))]:
+    train, test = (set(labels[split == part].tolist()) for part in ("train", "test"))
+    if shared := [names[label] for label in sorted(train & test)]:
         raise InputError(
             f"{path} has classes both in train and in test ({len(shared)} of {len(names)}), but an "
             f"embedding is tested on classes it has not seen; choose one part: {_listed(shared)}"
         )
+    if min(len(train), len(test)) < 2:
+        raise InputError(
+            f"{path} splits {len(names)} classes into {len(train)} of train and {len(test)} of "
+            "test: mark 2 or more as each, or remove the column split"
+        )
     return images, split
 
 
-def split_by_class(
-    images: LabelledImages, train_fraction: float = 0.5
-) -> tuple[LabelledImages, LabelledImages]:
+def split_by_class(images: Images, train_fraction: float = 0.5) -> tuple[Images, Images]:
     """The images of the first classes, to train on, and those of the others, to test on.
 
     That is the field's protocol: of CUB-200, classes 1-100 train and 101-200 test.
 
     Raises:
-        InputError: fewer than 2 classes are left to train on, or none to test on.
+        InputError: fewer than 2 classes are left on either side.
     """
     classes = np.unique(images.labels)
     count = round(train_fraction * len(classes))
-    if not 2 <= count < len(classes):
+    if min(count, len(classes) - count) < 2:
         raise InputError(
-            f"{images.name}: data.split_classes={train_fraction} leaves {count} classes to train "
-            f"on and {len(classes) - count} to test on: 2 and 1 are the least"
+            f"{images.name}: data.split_classes={train_fraction} splits {len(classes)} classes "
+            f"into {count} to train on and {len(classes) - count} to test on: use another share, "
+            "or more classes, so that each side has 2"
         )
     is_train = np.isin(images.labels, classes[:count])
     return images.select(np.flatnonzero(is_train)), images.select(np.flatnonzero(~is_train))
 
 
 class BrokenImagesError(InputError):
-    """Images of a data set that cannot be read.
+    """Images of a data set that cannot be read; the message names the first of them.
 
     Attributes:
-        errors: one for each of them; the message has the first 50.
+        errors: one for each of them.
     """
 
-    def __init__(self, name: str, count: int, errors: Sequence[BrokenImageError]) -> None:
-        super().__init__(
-            f"{name} has images that cannot be read ({len(errors)} of {count}); replace or remove "
-            f"them, or go on without them by --skip-broken:\n{_listed(errors, separator=chr(10))}"
-        )
+    def __init__(self, problem: str, errors: Sequence[BrokenImageError]) -> None:
+        super().__init__(f"{problem}:\n{_listed(errors, separator=chr(10))}")
         self.errors = errors
 
 
-def find_broken(images: LabelledImages, workers: int | None = None) -> dict[int, BrokenImageError]:
-    """Decode every image; -> index -> error of those that cannot be read.
+def find_broken(
+    images: LabelledImages,
+    workers: int | None = None,
+    *,
+    read: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> dict[int, BrokenImageError]:
+    """Read every image once; -> index -> error of those that cannot be read, in order.
 
     Args:
         images: the data set.
         workers: threads, None for one a processor; Pillow decodes side by side in them.
+        read: what reads the image of an index; None for `images.load`.
+        on_progress: told the number of images done.
     """
+    read = read or images.load
 
     def error_of(index: int) -> BrokenImageError | None:
         try:
-            images.load(index)
+            read(index)
         except BrokenImageError as error:
-            return error
+            return error.with_traceback(None)  # whose frames hold the pixels
         return None
 
-    console = Console(stderr=True)
+    broken = {}
     with ThreadPool(workers) as pool:
-        errors = track(
-            pool.imap(error_of, range(len(images)), chunksize=16),
-            description="checking images",
-            total=len(images),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        return {index: error for index, error in enumerate(errors) if error is not None}
+        errors = pool.imap(error_of, range(len(images)), chunksize=16)
+        for index, error in enumerate(errors):
+            if error is not None:
+                broken[index] = error
+            on_progress(index + 1)
+    return broken
 
 
-def check_images(images: LabelledImages, skip_broken: bool) -> np.ndarray:
-    """Decode every image; -> (n,) indices of those that can be read.
+def check_images(
+    images: LabelledImages,
+    skip_broken: bool,
+    *,
+    read: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Read every image once (see `find_broken`); -> int64, (n,): those that can be read.
 
     Raises:
-        BrokenImagesError: some cannot be read and `skip_broken` is off, or none can.
+        BrokenImagesError: some cannot be read, and `skip_broken` is off or leaves a class with
+            fewer than 2 images.
     """
-    broken = find_broken(images)
-    if broken and (not skip_broken or len(broken) == len(images)):
-        raise BrokenImagesError(images.name, len(images), list(broken.values()))
-    return np.setdiff1d(np.arange(len(images)), list(broken))
+    broken = find_broken(images, read=read, on_progress=on_progress)
+    kept = np.delete(np.arange(len(images)), list(broken))
+    if not broken:
+        return kept
+    problem = f"{images.name} has images that cannot be read ({len(broken)} of {len(images)})"
+    if not skip_broken:
+        advice = "replace or remove them, or go on without them by --skip-broken"
+        raise BrokenImagesError(f"{problem}; {advice}", list(broken.values()))
+    left = np.bincount(images.labels[kept], minlength=len(images.class_names))
+    if few := [label for label in np.unique(images.labels) if left[label] < 2]:
+        names = _listed([images.class_names[label] for label in few])
+        raise BrokenImagesError(
+            f"{problem}, and without them classes are left with fewer than 2 ({names}): replace "
+            "the images, or leave the classes out",
+            [error for index, error in broken.items() if images.labels[index] in few],
+        )
+    return kept
 
 
 def _scan(folder: Path, root: Path) -> tuple[list[Path], list[Path]]:
@@ -313,13 +337,18 @@ def _scan(folder: Path, root: Path) -> tuple[list[Path], list[Path]]:
         path = folder / entry.name
         if entry.name.startswith("."):
             continue
-        if entry.is_symlink() and (entry.is_dir() or not path.resolve().is_relative_to(root)):
+        if entry.is_symlink() and _leads_away(path, root):
             raise InputError(
-                f"{path} is a link to a folder or out of {root}, and none is followed: put copies "
-                "in its place, or list the images in a CSV file"
+                f"{path} is a link to a folder or out of {root}, and none is followed: put a copy "
+                "in its place, or list the images in a CSV file with the columns path and label"
             )
-        (folders if entry.is_dir() else files).append(path)
+        (folders if entry.is_dir(follow_symlinks=False) else files).append(path)
     return folders, files
+
+
+def _leads_away(link: Path, root: Path) -> bool:
+    target = Path(os.path.realpath(link))
+    return target.is_dir() or (_is_image(link) and not target.is_relative_to(root))
 
 
 def _files(folder: Path, root: Path) -> Iterator[Path]:
@@ -334,7 +363,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _seen(files: Sequence[Path]) -> str:
+def _seen(files: Iterable[Path]) -> str:
     """What there is in place of images."""
     kinds = Counter(path.suffix.lower() or "without suffix" for path in files)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
@@ -367,9 +396,7 @@ def _read_lines(path: Path) -> list[_Line]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             columns = [column.strip().lower() for column in reader.fieldnames or ()]
-            wanted = ["path", "label"]
-            if not {*EDGES}.isdisjoint(columns):
-                wanted += EDGES
+            wanted = ["path", "label", *(EDGES if {*EDGES} & {*columns} else ())]
             if missing := [column for column in wanted if column not in columns]:
                 raise InputError(
                     f"{path} has no column {', '.join(missing)}: its first line is "
@@ -389,7 +416,7 @@ def _read_lines(path: Path) -> list[_Line]:
     return lines
 
 
-def _line(row: dict[str | Any, str | Any], folder: Path, where: str) -> _Line:
+def _line(row: dict[str, str], folder: Path, where: str) -> _Line:
     if None in row:
         raise InputError(f"{where}: more values than columns; put quotes around one with a comma")
     values = {column: (value or "").strip() for column, value in row.items()}
@@ -398,18 +425,20 @@ def _line(row: dict[str | Any, str | Any], folder: Path, where: str) -> _Line:
     split = values["split"].lower() if "split" in values else None
     if split not in (None, "train", "test"):
         raise InputError(f"{where}: split is {values['split']!r}, but has to be train or test")
-    box = _box([values[edge] for edge in EDGES], where) if "x1" in values else None
+    box = _box([values[edge] for edge in EDGES], where) if EDGES[0] in values else None
     return _Line(folder / values["path"], values["label"], split, box)
 
 
 def _box(edges: Sequence[str], where: str) -> Box | None:
     if not any(edges):
         return None
-    with contextlib.suppress(ValueError):
+    try:
         x1, y1, x2, y2 = map(float, edges)
-        if -math.inf < x1 < x2 < math.inf and -math.inf < y1 < y2 < math.inf:
-            return x1, y1, x2, y2
-    raise InputError(
-        f"{where}: {','.join(EDGES)} are {','.join(edges)}, but have to be numbers, x1 below x2 "
-        "and y1 below y2"
-    )
+    except ValueError:
+        x1 = y1 = x2 = y2 = math.nan
+    if not (-math.inf < x1 < x2 < math.inf and -math.inf < y1 < y2 < math.inf):
+        raise InputError(
+            f"{where}: {','.join(EDGES)} are {','.join(edges)}, but have to be numbers, x1 below "
+            "x2 and y1 below y2"
+        )
+    return x1, y1, x2, y2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from abe.data.datasets import LabelledImages
+from abe.data.datasets import LabelledImages, check_images
 from abe.data.transforms import Preprocessing, center_crop, pad_to_square, random_crop_and_flip
 from abe.errors import InputError
 
@@ -84,7 +84,7 @@ class CachedImages:
 
     source: LabelledImages
     squares: np.ndarray
-    """uint8, (N, side, side, 3), of all images that were cached; selections share it."""
+    """uint8, (N, side, side, 3), of all images that were read; selections share it."""
     rows: np.ndarray
     """int64, (len(self),): where in `squares`."""
 
@@ -119,11 +119,21 @@ class CachedImages:
         return replace(self, source=self.source.select(indices), rows=self.rows[indices])
 
 
-def cache_decoded(images: LabelledImages, side: int, workers: int = 0) -> CachedImages:
-    """Decode every image once, to a padded square of `side` pixels: 3 * side * side bytes each.
+def cache_decoded(
+    images: LabelledImages,
+    side: int,
+    *,
+    skip_broken: bool = False,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> CachedImages:
+    """Read every image once, into a padded square of `side` pixels: 3 * side * side bytes each.
+
+    Takes the place of `check_images`: the same errors, and the same images left out if
+    `skip_broken`. Worker processes that are forked share the squares, those that are spawned (on
+    macOS and Windows) get a copy each.
 
     Raises:
-        InputError: an image cannot be read, or the squares do not fit into memory.
+        InputError: as `check_images`, or the squares do not fit into memory.
     """
     shape = (len(images), side, side, 3)
     try:
@@ -133,10 +143,12 @@ def cache_decoded(images: LabelledImages, side: int, workers: int = 0) -> Cached
             f"data.cache: {len(images)} images of {side} x {side} pixels take "
             f"{np.prod(shape, dtype=float) / 1e9:.0f} GB of memory: set data.cache=false"
         ) from None
-    whole = Preprocessing(resize=side, crop=side)
-    for batch in evaluation_batches(images, whole, workers=workers):
-        squares[batch.indices] = batch.images.permute(0, 2, 3, 1)
-    return CachedImages(images, squares, np.arange(len(images)))
+
+    def read(index: int) -> None:
+        squares[index] = pad_to_square(images.load(index), side)
+
+    kept = check_images(images, skip_broken, read=read, on_progress=on_progress)
+    return CachedImages(images.select(kept), squares, kept)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from abe.config import DataConfig
 from abe.data.datasets import LabelledImages, check_images, open_dataset, split_by_class
@@ -40,35 +42,52 @@ class Splits:
         return sizes
 
 
-def open_splits(config: DataConfig, protocol: Literal["val", "paper"]) -> Splits:
+def open_splits(
+    config: DataConfig, protocol: Literal["val", "paper"], console: Console | None = None
+) -> Splits:
     """Open the images that a configuration names and split them by class.
 
     The classes held out under "val" are drawn once for a given number of training classes, the
     same for every seed of a run, so that runs are selected by the same images.
 
+    Args:
+        config: which images, and how to split them.
+        protocol: what the checkpoint is picked by.
+        console: where to show how many images are read; None for nowhere.
+
     Raises:
         InputError: no such data, files that cannot be read, or too few classes to split.
     """
-    skipped = 0
     images: LabelledImages
+    split = None
     if config.source == "synthetic":
         images = SyntheticVehicles(
             config.synthetic_classes, config.synthetic_images, size=config.resize
         )
+    else:
+        images, split = open_dataset(config.source)
+    count, labels = len(images), images.labels
+    with Progress(console=console, transient=True, disable=console is None) as progress:
+        task = progress.add_task("reading images", total=count)
+
+        def on_progress(done: int) -> None:
+            progress.update(task, completed=done)
+
+        if config.cache:
+            images = cache_decoded(
+                images, config.resize, skip_broken=config.skip_broken, on_progress=on_progress
+            )
+        elif config.source != "synthetic":
+            images = images.select(
+                check_images(images, config.skip_broken, on_progress=on_progress)
+            )
+    name, skipped = images.name, count - len(images)
+    if split is None:
         train, test = split_by_class(images, config.split_classes)
     else:
-        files, split = open_dataset(config.source)
-        kept = check_images(files, skip_broken=config.skip_broken)
-        skipped = len(files) - len(kept)
-        if split is None:
-            train, test = split_by_class(files.select(kept), config.split_classes)
-        else:
-            train = files.select(kept[split[kept] == "train"])
-            test = files.select(kept[split[kept] == "test"])
-        images = files
-    if config.cache:
-        train, test = cache_decoded(train, config.resize), cache_decoded(test, config.resize)
-    name = images.name
+        is_train = np.isin(images.labels, labels[split == "train"])
+        train = images.select(np.flatnonzero(is_train))
+        test = images.select(np.flatnonzero(~is_train))
     if protocol == "paper":
         return Splits(name, train, test, test, skipped)
     classes = np.unique(train.labels)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from abe.errors import InputError
 
-Triple = tuple[float, float, float]
+_Number = Annotated[float, Field(strict=True)]
+_Factor = Annotated[float, Field(strict=True, gt=0)]
+_Pixels = Annotated[int, Field(strict=True)]
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Preprocessing:
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     channels: Literal["RGB", "BGR"] = "BGR"
-    mean: Triple = (104.0, 117.0, 123.0)
-    scale: float | Triple = 1.0
-    resize: int = 256
-    crop: int = 224
+    mean: tuple[_Number, _Number, _Number] = (104.0, 117.0, 123.0)
+    scale: _Factor | tuple[_Factor, _Factor, _Factor] = 1.0
+    resize: _Pixels = 256
+    crop: _Pixels = 224
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
@@ -79,7 +81,11 @@ class Preprocessing:
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
-            problems = (": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors())
+            reasons: dict[str, list[str]] = {}  # several for a value of which two types fit none
+            for item in error.errors():
+                where = "".join(f"{key}={values[str(key)]!r}: " for key in item["loc"][:1])
+                reasons.setdefault(where, []).append(item["msg"].removeprefix("Value error, "))
+            problems = (where + " or ".join(messages) for where, messages in reasons.items())
             raise InputError(f"preprocessing: {'; '.join(problems)}") from None
 
 
