@@ -319,7 +319,7 @@ def golden_losses(run: Path) -> list[float]:
         "train.sampler=pairs",
         "train.normalization=per_image",
         "train.divergence_weight=1",
-        "train.lr=0.0005",
+        "train.lr=0.00003",
     )
     Trainer(config, run, SILENT).fit()
     return losses(run)
@@ -328,7 +328,7 @@ def golden_losses(run: Path) -> list[float]:
 def test_golden_loss_trace(tmp_path: Path) -> None:
     """Twenty steps of the paper's loss and sampler from the shipped start."""
     trace = golden_losses(tmp_path / "run")
-    assert trace == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-3)
+    assert trace == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
     assert np.mean(trace[-5:]) < np.mean(trace[:5])
 
 
