@@ -37,7 +37,7 @@ class Method:
     rates: tuple[float, ...]
 
 
-def balanced(*settings: str, rates: tuple[float, ...] = (0.003, 0.01, 0.03)) -> Method:
+def balanced(*settings: str, rates: tuple[float, ...] = (0.003, 0.01)) -> Method:
     """Eq. 10 with each kind of pair averaged by itself, lambda_div 0.1."""
     return Method(settings, rates)
 
@@ -109,8 +109,8 @@ def main() -> None:
     recorded = read_json_lines(arguments.results) if arguments.results.exists() else []
     if not any(record["config_digest"] == base.digest for record in recorded):
         splits = open_splits(base.data, base.protocol)
-        for record, _ in evaluate_baselines(base, splits).values():
-            append_record(arguments.results, record)
+        for evaluation in evaluate_baselines(base, splits).values():
+            append_record(arguments.results, evaluation.record)
     for method in methods:
         config = base.with_overrides(method.settings)
         trials = {rate: run(config.with_overrides([f"train.lr={rate}"])) for rate in method.rates}

@@ -99,11 +99,12 @@ def test_baselines_are_pixels_and_the_start() -> None:
     ).with_overrides(["data.val_classes=0.5"])
     baselines = evaluate_baselines(config, open_splits(config.data, config.protocol))
     assert list(baselines) == ["raw pixels", "pretrained start"]
-    record, embeddings = baselines["pretrained start"]
+    record, embeddings, _ = baselines["pretrained start"]
     assert embeddings.shape == (12, 1, 1024)
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(12, 1))
     assert record["weights"]["source"] == "googlenet-mini-imagenet"
-    record, embeddings = baselines["raw pixels"]
+    record, embeddings, gallery = baselines["raw pixels"]
+    assert gallery is None
     assert embeddings.shape == (12, 1, 3 * 32 * 32)
     assert record["weights"] is None
     assert record["selected_step"] is None

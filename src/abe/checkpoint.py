@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,7 +51,7 @@ class _Meta(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     format: Literal[1]
-    step: int
+    step: NonNegativeInt
     config: dict[str, Any]
     preprocessing: dict[str, Any]
     weights: dict[str, str] | None

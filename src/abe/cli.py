@@ -1,138 +1,213 @@
 """The command `abe`: its verbs parse, call and print; the work is in the modules they import.
 
-Heavy modules are imported inside the verbs, so that `abe --help` answers at once.
+Heavy modules are imported inside the verbs, so that `abe --help` answers at once. Results go to
+standard output, progress and errors to standard error.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from abe import __version__
 from abe.errors import InputError
 
+if TYPE_CHECKING:
+    from abe.config import Config
+
 app = typer.Typer(
     name="abe",
-    help="Learn an image embedding with an attention-based ensemble, measure it, look at it.",
+    help="Learn image embeddings with an attention-based ensemble, measure them, look at them.\n\n"
+    "`abe demo` is the place to start; `abe VERB --help` tells more.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
-out = Console()
-err = Console(stderr=True)
+# Paths are printed as they are: neither wrapped, nor read as markup, nor coloured.
+_PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
+out = Console(**_PLAIN)
+err = Console(stderr=True, **_PLAIN)
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.lr=1e-4."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting that `abe config` prints, e.g. train.lr=1e-4. Repeatable.",
+    ),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(help="Pretrained start: a known name, a file, or 'none'."),
+    typer.Option(
+        metavar="START",
+        help="Pretrained start: a file, a checkpoint, a published network's name, or none.",
+    ),
 ]
-Recipe = Annotated[str, typer.Option(help="Settings to begin from: photographs or paper.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Settings to begin from: photographs (small images, for CPUs), demo (smaller still) "
+        "or paper (section 4; for a GPU). Default: photographs.",
+    ),
+]
 Source = Annotated[
     str | None,
     typer.Argument(
-        metavar="[DATA]", help="A folder of class folders, or a CSV. Default: built-in."
+        metavar="DATA",
+        help="Folder with one sub-folder of images a class, or CSV file with the columns path, "
+        "label and optionally split and x1, y1, x2, y2. Default: images drawn by abe.",
+    ),
+]
+OtherSource = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="DATA",
+        help="Other images to score, split as the run's were. Default: the run's.",
     ),
 ]
 Results = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Where to add the result. Default: runs.jsonl beside RUN."),
+    typer.Option(
+        metavar="FILE",
+        help="JSON-lines file to add the result to. Default: runs.jsonl beside the run.",
+    ),
 ]
-SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable files out.")]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out files that cannot be read.")
+]
 
 
 def _configure(
-    recipe: str, data: str | None, weights: str | None, skip_broken: bool, overrides: list[str]
-) -> Any:
+    recipe: str | None,
+    data: str | None,
+    weights: str | None,
+    skip_broken: bool,
+    overrides: list[str] | None,
+) -> Config:
     from abe.recipes import get_recipe
 
-    chosen = [f"data.source={json.dumps(data)}"] if data else []
-    chosen += [f"model.weights={json.dumps(None if weights == 'none' else weights)}"] * (
-        weights is not None
-    )
-    chosen += ["data.skip_broken=true"] * skip_broken
-    return get_recipe(recipe).with_overrides([*chosen, *overrides])
+    chosen = []
+    if data is not None:
+        chosen.append(f"data.source={json.dumps(data)}")
+    if weights is not None:
+        chosen.append(f"model.weights={json.dumps(None if weights == 'none' else weights)}")
+    if skip_broken:
+        chosen.append("data.skip_broken=true")
+    return get_recipe(recipe or "photographs").with_overrides([*chosen, *(overrides or [])])
 
 
 @app.command()
 def train(
     data: Source = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="Folder of the run. Default: runs/<settings>.")
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="FOLDER",
+            help="Folder to make for the run. Default: runs/<recipe>-<digest of all settings>.",
+        ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    recipe: Recipe = "photographs",
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with the run in this folder where it stopped."),
+    ] = None,
+    recipe: Recipe = None,
     weights: Weights = None,
     skip_broken: SkipBroken = False,
     results: Results = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train, pick the checkpoint on held-out classes, score the test classes once."""
+    """Train an ensemble and score it on classes it has not seen.
+
+    Half of the classes is for training, the other half is the test (--set data.split_classes=0.5,
+    or the column split of a CSV file). A part of the training classes is held out to pick the best
+    checkpoint, which is scored on the test once, at the end. Ctrl-C saves and says how to go on.
+    """
     from abe.results import append_record, scores_table
     from abe.train import Trainer
 
     if resume is not None:
-        if data or weights or overrides or run:
-            raise InputError("--resume goes on as the run was started: give nothing else with it")
+        if data or run or recipe or weights or skip_broken or overrides:
+            raise InputError(
+                "--resume goes on as the run was started: give nothing with it but --results"
+            )
         trainer = Trainer.resume(resume, err)
     else:
-        config = _configure(recipe, data, weights, skip_broken, overrides or [])
-        folder = run or Path("runs") / f"{config.recipe}-{config.digest}"
+        config = _configure(recipe, data, weights, skip_broken, overrides)
+        folder = run or Path("runs", f"{config.recipe}-{config.digest}")
         trainer = Trainer(config, folder, err)
     record = trainer.fit()
     if record is None:
         raise typer.Exit(130)
-    append_record(results or trainer.run.parent / "runs.jsonl", record)
+    file = results or _beside(trainer.run)
+    append_record(file, record)
     out.print(scores_table([record]))
-    out.print(f"Run: {trainer.run}")
+    out.print(f"Run: {trainer.run}\nResult added to {file}")
 
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or checkpoint.")],
-    data: Source = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")
+    ],
+    data: OtherSource = None,
     results: Results = None,
 ) -> None:
-    """Score the ensemble and every learner on the test classes of the run, or of other data."""
+    """Score a run's ensemble and each of its learners once more."""
     from abe.results import append_record, scores_table
     from abe.train import evaluate_run
 
     record = evaluate_run(run, data)
-    append_record(results or run.parent / "runs.jsonl", record)
+    file = results or _beside(run)
+    append_record(file, record)
     out.print(scores_table([record]))
+    out.print(f"Result added to {file}")
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path(
-        "report.html"
-    ),
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs on the same images.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write.")
+    ] = Path("report.html"),
 ) -> None:
-    """Write one self-contained HTML page: results, curves, masks, neighbours."""
+    """Write an HTML page about runs: curves, masks, neighbours."""
     from abe.report.html import write_report
 
     write_report(runs, output, err)
-    out.print(f"Report: {output}", soft_wrap=True)
+    out.print(f"Report: {output}")
 
 
 @app.command()
 def results(
-    file: Annotated[Path, typer.Argument(metavar="RUNS.JSONL", help="Results of runs.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSON-lines file that train and eval add to.")
+    ],
     into: Annotated[
         Path | None,
-        typer.Option(help="Markdown file to renew, between its results:begin and :end comments."),
+        typer.Option(
+            metavar="FILE",
+            help="Put the tables into this Markdown file, between its comments "
+            "<!-- results:begin --> and <!-- results:end -->.",
+        ),
     ] = None,
 ) -> None:
-    """Average results over seeds, as Markdown tables; a chosen learning rate stands for all."""
+    """Print Markdown tables of results, averaged over seeds.
+
+    Runs that differ in their learning rate alone are one row: that of the rate with the best
+    Recall@1 on held-out classes.
+    """
     from abe.results import markdown_table, replace_between, summarize
     from abe.runtime import read_json_lines
 
@@ -140,30 +215,45 @@ def results(
     if into is None:
         typer.echo(table)
     else:
-        text = into.read_text(encoding="utf-8")
-        into.write_text(replace_between(text, "results", table), encoding="utf-8")
+        try:
+            page = replace_between(into.read_text(encoding="utf-8"), "results", table)
+        except ValueError as error:  # not in UTF-8, or without the comments
+            raise InputError(f"{into}: {error}") from None
+        into.write_text(page, encoding="utf-8")
 
 
 @app.command()
 def demo(
     data: Source = None,
-    folder: Annotated[Path, typer.Option("--folder", help="Where to work.")] = Path("demo"),
+    folder: Annotated[
+        Path, typer.Option("--folder", metavar="FOLDER", help="Folder to work in.")
+    ] = Path("demo"),
     skip_broken: SkipBroken = False,
 ) -> None:
-    """Compare pixels, the pretrained start, 1-head and ABE-4 in minutes, and write a report."""
+    """Compare 1-head and ABE-4 in minutes and write a report.
+
+    Beside them: raw pixels, and the pretrained start before it is trained. A demo that was
+    interrupted goes on when it is called again.
+    """
     from abe.demo import run_demo
     from abe.results import scores_table
 
     records, page = run_demo(data, folder, skip_broken, err)
     out.print(scores_table(records))
-    out.print(f"Report: {page}", soft_wrap=True)
+    out.print(f"Report: {page}")
 
 
 @app.command()
 def summary(
-    as_json: Annotated[bool, typer.Option("--json", help="A list of objects instead.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of objects instead of a table.")
+    ] = False,
 ) -> None:
-    """Print the 13 networks of Tables 1 and 8: parameters and operations, ours and the paper's."""
+    """Count parameters and operations of the paper's networks.
+
+    Ours and the paper's for the 13 networks of Tables 1 and 8. The paper's "flops" are
+    multiply-accumulates.
+    """
     from abe.model.summary import summary_rows, summary_table
 
     rows = summary_rows()
@@ -176,14 +266,21 @@ def summary(
 @app.command()
 def config(
     data: Source = None,
-    recipe: Recipe = "photographs",
+    recipe: Recipe = None,
     weights: Weights = None,
     skip_broken: SkipBroken = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print the whole configuration that `abe train` would use, as JSON."""
-    resolved = _configure(recipe, data, weights, skip_broken, overrides or [])
+    """Print all settings that `abe train` would use, as JSON.
+
+    Each can be changed by --set, for example --set train.lr=1e-4 --set model.network=m-heads.
+    """
+    resolved = _configure(recipe, data, weights, skip_broken, overrides)
     typer.echo(json.dumps(resolved.to_json(), indent=2))
+
+
+def _beside(run: Path) -> Path:
+    return run.parent / "runs.jsonl"
 
 
 def _print_version(wanted: bool) -> None:
@@ -195,22 +292,55 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run the command; an input error is one message and exit status 2, never a traceback."""
-    try:
-        app()
-    except InputError as error:
-        err.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("Stopped.")
-        sys.exit(130)
+    """Run the command; what a user got wrong is one message and exit status 2, no traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning
+        try:
+            app(prog_name="abe")
+        except InputError as error:
+            _fail(str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(
+                f"{where}{error.strerror or error}: give another path, or see to its permissions "
+                "and the space that is left"
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _fail("there is too little memory: lower train.batch_size, data.crop or the learners")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, or torch's of a GPU or of a CPU."""
+    gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or gpu or "can't allocate memory" in str(error)
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(Text.assemble(("error: ", "bold red"), message))
+    sys.exit(2)
+
+
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    err.print(Text.assemble(("warning: ", "bold yellow"), str(message)))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which images, how they are split, and how large they enter the network (section 4)."""
 
-    source: str = "synthetic"  # "synthetic", a folder of class folders, or a CSV file
+    source: str = "synthetic"  # that, a folder, a CSV file, or with `root` a benchmark's name
+    root: str | None = None  # folder that the benchmark was unpacked into
+    allow_partial: bool = False  # go on with a part of a benchmark, and say so in every result
     split_classes: float = Field(0.5, gt=0, lt=1)  # training share of the classes
     val_classes: float = Field(0.2, gt=0, lt=1)  # share of the training classes held out
     resize: int = Field(256, ge=8)  # side of the padded square
@@ -197,7 +199,9 @@ class Config(_Section):
     def portable(self) -> dict[str, Any]:
         """What decides a result, without what only says where and how fast it was computed."""
         values = self.to_json()
-        del values["device"], values["data"]["workers"], values["data"]["cache"]
+        del values["device"]
+        for key in ("root", "allow_partial", "workers", "cache"):
+            del values["data"][key]
         values["data"]["source"] = PurePath(self.data.source).name
         return values
 
@@ -211,12 +215,12 @@ class Config(_Section):
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None if text.lower() == "none" else text
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(map(str, error["loc"])) or "the configuration"
+    key = ".".join(map(str, error["loc"])) if error["loc"] else "the configuration"
     if error["type"] == "extra_forbidden":
         return _unknown_key(key)
     if error["type"] == "value_error":  # one of our own

@@ -6,7 +6,7 @@ Shapes: N images, M learners, d the size of a learner's embedding, D = M * d.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +19,25 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
-from abe.metrics import map_at_r, nmi, r_precision, recall_at_k
+from abe.metrics import KS, map_at_r, nmi, r_precision, recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.results import result_record
 from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
 from abe.start import start
 
-KS = (1, 2, 4, 8)  # of Tables 1 to 5
+NMI_CLASSES = 1000  # at most
 Embedder = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> (B, M, d)
+
+
+class Evaluation(NamedTuple):
+    """The result of a run on its N test images, and G gallery images if they have a gallery."""
+
+    record: dict[str, Any]
+    """See `abe.results.result_record`."""
+    embeddings: Tensor
+    """(N, M, d)."""
+    gallery: Tensor | None
+    """(G, M, d)."""
 
 
 @torch.inference_mode()
@@ -66,8 +77,8 @@ def evaluate_test(
     best: Best | None = None,
     weights: dict[str, str] | None = None,
     method: str | None = None,
-) -> tuple[dict[str, Any], Tensor]:
-    """Embed and score the test images of a run.
+) -> Evaluation:
+    """Embed and score the test images of a run, against their gallery or among themselves.
 
     Args:
         embedder: as in `embed`.
@@ -77,33 +88,41 @@ def evaluate_test(
         best: the checkpoint that was picked, and by what score.
         weights: origin of the pretrained start.
         method: name of an embedder that is no trained network.
-
-    Returns:
-        The record of the result (`abe.results.result_record`), and the embeddings (N, M, d).
     """
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    embeddings = embed(
-        embedder,
-        splits.test,
-        preprocessing,
-        device=device,
-        precision=precision,
-        workers=config.data.workers,
-    )
+
+    def embedded(images: LabelledImages) -> Tensor:
+        return embed(
+            embedder,
+            images,
+            preprocessing,
+            device=device,
+            precision=precision,
+            workers=config.data.workers,
+        )
+
+    embeddings = embedded(splits.test)
+    if splits.gallery is None:
+        gallery = gallery_labels = None
+        candidates = len(splits.test) - 1
+    else:
+        gallery, gallery_labels = embedded(splits.gallery), splits.gallery.labels
+        candidates = len(gallery)
+    ks = [k for k in splits.ks if k <= candidates]
     record = result_record(
         config,
-        scores=score(embeddings, splits.test.labels, [k for k in KS if k < len(splits.test)]),
+        scores=score(embeddings, splits.test.labels, ks, gallery, gallery_labels),
         best=best,
         data=splits.describe(),
         weights=weights,
         environment=environment(device) | {"precision": precision},
         method=method,
     )
-    return record, embeddings
+    return Evaluation(record, embeddings, gallery)
 
 
-def evaluate_baselines(config: Config, splits: Splits) -> dict[str, tuple[dict[str, Any], Tensor]]:
+def evaluate_baselines(config: Config, splits: Splits) -> dict[str, Evaluation]:
     """What trained networks are compared with: "raw pixels", and the "pretrained start" if any.
 
     Returns:
@@ -145,38 +164,65 @@ def pooled_features(model: AttentionEnsemble) -> Embedder:
     return lambda images: F.normalize(before_linear(spatial(images)).float(), dim=1).unsqueeze(1)
 
 
-def score(embeddings: Tensor, labels: np.ndarray, ks: Sequence[int] = KS) -> dict[str, Any]:
+def score(
+    embeddings: Tensor,
+    labels: np.ndarray,
+    ks: Sequence[int] = KS,
+    gallery: Tensor | None = None,
+    gallery_labels: np.ndarray | None = None,
+) -> dict[str, Any]:
     """All metrics of the ensemble and of every learner, and how alike the learners are.
 
     Args:
         embeddings: (N, M, d), each learner of unit length.
         labels: (N,).
         ks: the K of Recall@K.
+        gallery: (G, M, d), what the images are compared with; None: with each other.
+        gallery_labels: (G,), given with a gallery.
 
     Returns:
-        {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines}, fractions
-        between 0 and 1; metrics are "recall@K", "map@r", "r_precision" and "nmi".
+        {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines}, see `metrics`
+        and `similarity`.
     """
     classes = torch.as_tensor(labels)
     learners = embeddings.unbind(1)
-    ensemble = metrics(concat(embeddings), classes, ks)
+    galleries = [None] * len(learners) if gallery is None else gallery.unbind(1)
+    whole = None if gallery is None else concat(gallery)
+    ensemble = metrics(concat(embeddings), classes, ks, whole, gallery_labels)
     return {
         "ensemble": ensemble,
-        "learners": [metrics(learner, classes, ks) for learner in learners]
+        "learners": [
+            metrics(learner, classes, ks, own_gallery, gallery_labels)
+            for learner, own_gallery in zip(learners, galleries, strict=True)
+        ]
         if len(learners) > 1
         else [ensemble],
         "similarity": similarity(embeddings, classes),
     }
 
 
-def metrics(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall@K, MAP@R, R-precision and NMI of (N, D) embeddings."""
-    recall = {f"recall@{k}": r for k, r in recall_at_k(embeddings, labels, ks).items()}
-    return recall | {
-        "map@r": map_at_r(embeddings, labels),
-        "r_precision": r_precision(embeddings, labels),
-        "nmi": nmi(embeddings, labels),
+def metrics(
+    embeddings: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = KS,
+    gallery: Tensor | None = None,
+    gallery_labels: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Scores of (N, D) embeddings, against a gallery (G, D) or among themselves.
+
+    Returns:
+        "recall@K", "map@r" and "r_precision"; and "nmi", unless there is a gallery, of which it
+        knows nothing, or more than 1,000 classes, whose k-means would take hours. Fractions.
+    """
+    against = {"gallery": gallery, "gallery_labels": gallery_labels}
+    recall = recall_at_k(embeddings, labels, ks, **against)
+    found = {f"recall@{k}": value for k, value in recall.items()} | {
+        "map@r": map_at_r(embeddings, labels, **against),
+        "r_precision": r_precision(embeddings, labels, **against),
     }
+    if gallery is None and len(labels.unique()) <= NMI_CLASSES:
+        found["nmi"] = nmi(embeddings, labels)
+    return found
 
 
 def pair_cosines(embeddings: Tensor, labels: Tensor, sample: int = 1000) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from abe.errors import InputError
 from abe.neighbors import nearest_neighbors
 
 Array = Tensor | NDArray[Any]
+KS = (1, 2, 4, 8)  # of Tables 1 to 5
 
 
 def recall_at_k(

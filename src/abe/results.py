@@ -67,10 +67,20 @@ def result_record(
     }
 
 
-def write_result(folder: Path, record: dict[str, Any], embeddings: Tensor) -> None:
-    """Leave a result in its run's folder: result.json and embeddings.safetensors (N, M, d)."""
+def write_result(
+    folder: Path, record: dict[str, Any], embeddings: Tensor, gallery: Tensor | None = None
+) -> None:
+    """Leave a result in its run's folder: result.json and embeddings.safetensors.
+
+    Args:
+        folder: of the run.
+        record: see `result_record`.
+        embeddings: of the test images, (N, M, d).
+        gallery: of what they were compared with, (G, M, d), if not with each other.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"embeddings": embeddings}, folder / "embeddings.safetensors")
+    tensors = {"embeddings": embeddings} | ({} if gallery is None else {"gallery": gallery})
+    save_file(tensors, folder / "embeddings.safetensors")
     write_json(folder / "result.json", record)
 
 
@@ -102,11 +112,23 @@ def scores_table(records: Iterable[dict[str, Any]]) -> Table:
             "" if step is None else str(step),
         )
     data, protocol = records[0]["data"], records[0]["protocol"]
-    table.caption = (
-        f"{data['name']}: {data['test_images']:,} test images of {data['test_classes']} classes "
-        f"not seen in training; protocol {protocol}; %"
-    )
+    table.caption = f"{data_title(data)}: {_test_images(data)}; protocol {protocol}; %"
     return table
+
+
+def data_title(data: dict[str, Any]) -> str:
+    """What to call the data of a record wherever a score on them is shown, stamps included."""
+    stamps = data.get("stamps")
+    return f"{data['name']} ({'; '.join(stamps)})" if stamps else data["name"]
+
+
+def _test_images(data: dict[str, Any]) -> str:
+    gallery = data.get("gallery_images")
+    against = f", searched in {gallery:,} gallery images" if gallery else ""
+    return (
+        f"{data['test_images']:,} test images of {data['test_classes']:,} classes not seen in "
+        f"training{against}"
+    )
 
 
 @dataclass(frozen=True)
@@ -185,24 +207,24 @@ def markdown_table(summaries: Iterable[Summary]) -> str:
 def _data_table(summaries: list[Summary]) -> str:
     first = summaries[0].record
     data, train = first["data"], first["config"]["train"]
+    recalls = [name for name in first["scores"]["ensemble"] if name.startswith("recall@")]
+    names = [name.replace("recall@", "R@") for name in recalls]
     lines = [
-        f"**{data['name']}**: {data['test_images']:,} test images of {data['test_classes']} "
-        f"classes not seen in training, {data['train_classes']} classes to learn from, "
-        f"{data['select_classes']} to choose by (protocol `{first['protocol']}`), "
+        f"**{data_title(data)}**: {_test_images(data)}, {data['train_classes']:,} classes to learn "
+        f"from, {data['select_classes']:,} to choose by (protocol `{first['protocol']}`), "
         f"{train['steps']} steps of {train['batch_size']} images at "
         f"{first['config']['data']['crop']} px.",
         "",
-        "| method | loss | seeds | R@1 | R@2 | R@4 | R@8 | a learner's R@1 | learners' cosine |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        f"| method | loss | seeds | {' | '.join(names)} | a learner's R@1 | learners' cosine |",
+        f"|---|---|--:|{'--:|' * len(names)}--:|--:|",
     ]
     for summary in summaries:
         cosine = summary.scores.get("learner cosine")
-        columns = ("recall@1", "recall@2", "recall@4", "recall@8", "learner recall@1")
         cells = [
             summary.record["method"],
             _loss_name(summary.record),
             str(summary.seeds),
-            *(_percent(summary, name) for name in columns),
+            *(_percent(summary, name) for name in (*recalls, "learner recall@1")),
             "" if cosine is None else f"{cosine:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

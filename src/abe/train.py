@@ -33,6 +33,7 @@ from abe.checkpoint import (
     save_checkpoint,
 )
 from abe.config import Config, TrainConfig
+from abe.data.datasets import LabelledImages
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
@@ -256,16 +257,20 @@ class Trainer:
         self._save()
 
     def _selection_recall(self) -> float:
-        embeddings = embed(
-            self.model.eval(),
-            self.splits.select,
-            self.preprocessing,
-            device=self.device,
-            precision=self.precision,
-            workers=self.config.data.workers,
-        )
-        labels = torch.as_tensor(self.splits.select.labels)
-        return recall_at_k(concat(embeddings), labels, [1])[1]
+        def embedded(images: LabelledImages) -> Tensor:
+            embeddings = embed(
+                self.model.eval(),
+                images,
+                self.preprocessing,
+                device=self.device,
+                precision=self.precision,
+                workers=self.config.data.workers,
+            )
+            return concat(embeddings)
+
+        select, gallery = self.splits.select, self.splits.select_gallery
+        against = () if gallery is None else (embedded(gallery), gallery.labels)
+        return recall_at_k(embedded(select), select.labels, [1], *against)[1]
 
     def _save(self) -> None:
         training = optimizer_tensors(self.optimizer)
@@ -305,7 +310,7 @@ class Trainer:
         selected = load_selected(self.run)
         count = len(self.splits.test)
         self.console.print(f"Scoring {count} test images with step {selected.step} ...")
-        record, embeddings = evaluate_test(
+        evaluation = evaluate_test(
             selected.build_model().to(self.device),
             self.config,
             self.splits,
@@ -313,8 +318,8 @@ class Trainer:
             best=self.best,
             weights=self.start.origin,
         )
-        write_result(self.run, record, embeddings)
-        return record
+        write_result(self.run, *evaluation)
+        return evaluation.record
 
     def _refuse(self, loss: float, batch: Batch) -> None:
         names = [self.splits.train.describe(int(index)) for index in batch.indices]
@@ -447,12 +452,16 @@ def _learner_cosine(embeddings: Tensor) -> float | None:
     return between.item() / (num_learners * (num_learners - 1))
 
 
-def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    path: Path, data: str | None = None, root: str | None = None, allow_partial: bool = False
+) -> dict[str, Any]:
     """Score a run's selected checkpoint, or a checkpoint folder, on its test images.
 
     Args:
         path: the run or the checkpoint.
         data: other images to test on, split as the run's own are; None for the run's own.
+        root: where a benchmark was unpacked; None, without `data`, for where the run found it.
+        allow_partial: go on with a part of a benchmark, as a run that was trained on one does.
 
     Returns:
         The record of the result (see `abe.results`).
@@ -461,15 +470,19 @@ def evaluate_run(path: Path, data: str | None = None) -> dict[str, Any]:
         InputError: the checkpoint or the data cannot be used.
     """
     checkpoint = load_selected(path)
-    config = checkpoint.config
+    changes = []
     if data is not None:
-        config = config.with_overrides([f"data.source={json.dumps(data)}"])
-    record, _ = evaluate_test(
+        changes += [f"data.source={json.dumps(data)}", "data.root=null"]
+    if root is not None:
+        changes.append(f"data.root={json.dumps(root)}")
+    if allow_partial:
+        changes.append("data.allow_partial=true")
+    config = checkpoint.config.with_overrides(changes)
+    return evaluate_test(
         checkpoint.build_model().to(choose_device(config.device)),
         config,
         open_splits(config.data, config.protocol),
         checkpoint.preprocessing,
         best=checkpoint.best,
         weights=checkpoint.weights,
-    )
-    return record
+    ).record

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ class BatchSampler(Protocol):
         ...
 
 
+@runtime_checkable
+class PaddedSquares(Protocol):
+    """A data set that has padded squares at hand, so that the loader need not decode its images."""
+
+    def square(self, index: int, side: int) -> np.ndarray:
+        """What `pad_to_square` makes of the image, read-only; -> uint8 (side, side, 3)."""
+        ...
+
+
 def training_batches(
     images: LabelledImages,
     sampler: BatchSampler,
@@ -50,21 +59,27 @@ def training_batches(
     start_step: int,
     stop_step: int,
     workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to `stop_step - 1`, randomly cropped and flipped.
 
     The crop of an image depends on the seed, the step and its place in the batch alone, so neither
-    the number of workers nor the step that a run is resumed from changes a pixel.
+    the number of workers nor the step that a run is resumed from changes a pixel. Workers are two
+    batches each ahead; `pin_memory` puts those where a CUDA device can fetch them by itself.
 
     Raises:
         InputError: an image cannot be read.
     """
     batches = _Batches(images, sampler, preprocessing, seed)
-    return _load(batches, range(start_step, stop_step), workers)
+    return _load(batches, range(start_step, stop_step), workers, pin_memory)
 
 
 def evaluation_batches(
-    images: LabelledImages, preprocessing: Preprocessing, batch_size: int = 64, workers: int = 0
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    batch_size: int = 64,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """All images in order by their centre crops; the last batch may be smaller.
 
@@ -72,14 +87,14 @@ def evaluation_batches(
         InputError: an image cannot be read.
     """
     batches = _Batches(images, _InOrder(len(images), batch_size), preprocessing)
-    return _load(batches, range(-(-len(images) // batch_size)), workers)
+    return _load(batches, range(-(-len(images) // batch_size)), workers, pin_memory)
 
 
 @dataclass(frozen=True, eq=False)
 class CachedImages:
     """A data set whose padded squares are in memory, made by `cache_decoded`.
 
-    The loader takes the squares; `load` still gives the image as the source has it.
+    `load` still gives the image as the source has it.
     """
 
     source: LabelledImages
@@ -109,6 +124,12 @@ class CachedImages:
     def load(self, index: int) -> Image.Image:
         """As the source's."""
         return self.source.load(index)
+
+    def square(self, index: int, side: int) -> np.ndarray:
+        """The square in memory, or one made of the image if another side is wanted."""
+        if side == self.squares.shape[1]:
+            return self.squares[self.rows[index]]
+        return _square(self.source, index, side)
 
     def describe(self, index: int) -> str:
         """As the source's."""
@@ -145,7 +166,7 @@ def cache_decoded(
         ) from None
 
     def read(index: int) -> None:
-        squares[index] = pad_to_square(images.load(index), side)
+        squares[index] = _square(images, index, side)
 
     kept = check_images(images, skip_broken, read=read, on_progress=on_progress)
     return CachedImages(images.select(kept), squares, kept)
@@ -201,18 +222,19 @@ class _Batches(Dataset["Batch | InputError"]):
 
 def _square(images: LabelledImages, index: int, side: int) -> np.ndarray:
     """The image padded to a square; -> uint8 (side, side, 3)."""
-    if isinstance(images, CachedImages) and images.squares.shape[1] == side:
-        return images.squares[images.rows[index]]
+    if isinstance(images, PaddedSquares):
+        return images.square(index, side)
     return pad_to_square(images.load(index), side)
 
 
-def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
+def _load(batches: _Batches, steps: range, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """The batches of these steps; with workers, each of them makes whole batches ahead of time."""
     loader = DataLoader(
         batches,
         sampler=steps,
         batch_size=None,
         num_workers=workers,
+        pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_main_process,
         generator=torch.Generator(),  # leaves the global random state alone
     )

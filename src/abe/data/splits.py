@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from abe.config import DataConfig
-from abe.data.datasets import LabelledImages, check_images, open_dataset, split_by_class
+from abe.data.benchmarks import BENCHMARKS, Copy, find_benchmark
+from abe.data.datasets import (
+    ImageFiles,
+    LabelledImages,
+    check_images,
+    open_dataset,
+    split_by_class,
+)
 from abe.data.loader import cache_decoded
+from abe.data.prepare import is_prepared, open_prepared
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
+from abe.metrics import KS
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,9 @@ class Splits:
         select: what the protocol picks the checkpoint by: held-out training classes under "val";
             under "paper" the test images themselves, which is selection on the test set.
         skipped: files left out because they cannot be read.
+        gallery: what the test images, as queries, are compared with; None: with each other.
+        ks: the K of Recall@K on the test images.
+        stamps: what every result has to say of the data, such as "partial, 12 of 11,788".
     """
 
     name: str
@@ -31,15 +43,26 @@ class Splits:
     select: LabelledImages
     test: LabelledImages
     skipped: int = 0
+    gallery: LabelledImages | None = None
+    ks: tuple[int, ...] = KS
+    stamps: tuple[str, ...] = ()
 
-    def describe(self) -> dict[str, str | int]:
-        """Name and sizes, for the record."""
-        sizes: dict[str, str | int] = {"name": self.name, "skipped": self.skipped}
-        for part in ("train", "select", "test"):
-            images: LabelledImages = getattr(self, part)
-            sizes[f"{part}_images"] = len(images)
-            sizes[f"{part}_classes"] = len(np.unique(images.labels))
-        return sizes
+    @property
+    def select_gallery(self) -> LabelledImages | None:
+        """What the images to select by are compared with; None: with each other."""
+        return self.gallery if self.select is self.test else None
+
+    def describe(self) -> dict[str, Any]:
+        """Name, sizes and stamps, for the record."""
+        facts: dict[str, Any] = {"name": self.name, "skipped": self.skipped}
+        for part in ("train", "select", "test", "gallery"):
+            images: LabelledImages | None = getattr(self, part)
+            if images is not None:
+                facts[f"{part}_images"] = len(images)
+                facts[f"{part}_classes"] = len(np.unique(images.labels))
+        if self.stamps:
+            facts["stamps"] = list(self.stamps)
+        return facts
 
 
 def open_splits(
@@ -56,17 +79,30 @@ def open_splits(
         console: where to show how many images are read; None for nowhere.
 
     Raises:
-        InputError: no such data, files that cannot be read, or too few classes to split.
+        InputError: no such data, a copy of a benchmark that is not complete, files that cannot be
+            read, or too few classes to split.
     """
     images: LabelledImages
     split = None
+    skipped = 0
+    ks: tuple[int, ...] = KS
+    stamps: tuple[str, ...] = ()
     if config.source == "synthetic":
         images = SyntheticVehicles(
             config.synthetic_classes, config.synthetic_images, size=config.resize
         )
+    elif copy := _benchmark(config):
+        images, split = copy.images, copy.split
+        ks, stamps = copy.benchmark.ks, copy.stamps
+    elif is_prepared(config.source):
+        prepared = open_prepared(config.source)
+        prepared.images.require_side(config.resize)
+        images, split, skipped = prepared.images, prepared.split, prepared.skipped
+        ks, stamps = prepared.ks or KS, prepared.stamps
     else:
         images, split = open_dataset(config.source)
-    count, labels = len(images), images.labels
+    count = len(images)
+    kept = np.arange(count)
     with Progress(console=console, transient=True, disable=console is None) as progress:
         task = progress.add_task("reading images", total=count)
 
@@ -74,36 +110,54 @@ def open_splits(
             progress.update(task, completed=done)
 
         if config.cache:
-            images = cache_decoded(
+            images = cached = cache_decoded(
                 images, config.resize, skip_broken=config.skip_broken, on_progress=on_progress
             )
-        elif config.source != "synthetic":
-            images = images.select(
-                check_images(images, config.skip_broken, on_progress=on_progress)
-            )
-    name, skipped = images.name, count - len(images)
+            kept = cached.rows
+        elif isinstance(images, ImageFiles):
+            kept = check_images(images, config.skip_broken, on_progress=on_progress)
+            images = images.select(kept)
+    skipped += count - len(images)
+    gallery = None
     if split is None:
         train, test = split_by_class(images, config.split_classes)
     else:
-        is_train = np.isin(images.labels, labels[split == "train"])
-        train = images.select(np.flatnonzero(is_train))
-        test = images.select(np.flatnonzero(~is_train))
+        split = split[kept]
+        train = images.select(np.flatnonzero(split == "train"))
+        test = images.select(np.flatnonzero((split == "test") | (split == "query")))
+        if "gallery" in split:
+            gallery = images.select(np.flatnonzero(split == "gallery"))
+    splits = Splits(images.name, train, test, test, skipped, gallery, ks, stamps)
     if protocol == "paper":
-        return Splits(name, train, test, test, skipped)
+        return splits
     classes = np.unique(train.labels)
     held_out = round(config.val_classes * len(classes))
     if held_out < 2 or len(classes) - held_out < 2:
         raise InputError(
-            f"{name}: {len(classes)} training classes are too few to hold out "
+            f"{images.name}: {len(classes)} training classes are too few to hold out "
             f"data.val_classes={config.val_classes} of them and keep 2 on either side: "
             "use another share, more classes, or --set protocol=paper"
         )
     chosen = np.random.default_rng(0).choice(classes, held_out, replace=False)
     is_held_out = np.isin(train.labels, chosen)
-    return Splits(
-        name,
-        train.select(np.flatnonzero(~is_held_out)),
-        train.select(np.flatnonzero(is_held_out)),
-        test,
-        skipped,
+    return replace(
+        splits,
+        train=train.select(np.flatnonzero(~is_held_out)),
+        select=train.select(np.flatnonzero(is_held_out)),
     )
+
+
+def _benchmark(config: DataConfig) -> Copy | None:
+    """The copy of a benchmark that a configuration names, if it names one.
+
+    Raises:
+        InputError: there is no such benchmark, or the copy may not be used.
+    """
+    if config.root is not None:
+        return find_benchmark(config.source).check(config.root).require(config.allow_partial)
+    if config.source in BENCHMARKS:
+        raise InputError(
+            f"{config.source} is a benchmark: say where it was unpacked by --root or data.root; "
+            f"images of your own in a folder of this name are ./{config.source}"
+        )
+    return None

@@ -14,25 +14,20 @@ import difflib
 import hashlib
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import wrap_file
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from abe.data.transforms import Preprocessing
+from abe.download import RemoteFile, fetch
 from abe.errors import InputError
 from abe.model.caffemodel import read_caffemodel
 
@@ -134,62 +129,15 @@ def cache_dir() -> Path:
 def download(source: Source, cache_dir: Path) -> Path:
     """Fetch a source into `cache_dir` unless it is there; -> the file, its checksum verified.
 
-    The bytes go to a `.part` file beside it, which an interrupted download leaves behind and the
-    next one continues, and which is renamed when it is complete and its checksum is right.
-
     Raises:
         InputError: the source ships with the package, the download failed, or the checksum of
             what came differs (it is deleted).
     """
     if source.url is None:
         raise InputError(f"{source.name} ships with abe: there is nothing to download")
-    path = cache_dir / source.url.rpartition("/")[2]
-    if path.exists():
-        return path
-    partial = path.with_name(f"{path.name}.part")
+    file = RemoteFile(source.url.rpartition("/")[2], source.url, source.size, source.checksum)
     by_hand = f"fetch {source.url} by hand and give it as --weights FILE"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        _fetch(source.url, partial, source)
-        algorithm, _, expected = source.checksum.partition(":")
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, algorithm).hexdigest()
-        if digest.startswith(expected):
-            return partial.replace(path)
-        partial.unlink()
-    except (OSError, HTTPException) as error:
-        raise InputError(
-            f"{source.name}: the download to {partial} failed ({error}). "
-            f"Run the same again to continue it, or {by_hand}"
-        ) from error
-    raise InputError(
-        f"{source.name}: what {source.url} sent has the {algorithm} {digest} instead of "
-        f"{expected}, so it was deleted. Try again, or {by_hand}"
-    )
-
-
-def _fetch(url: str, partial: Path, source: Source) -> None:
-    """Append to `partial` what it still lacks, or write it anew if the server cannot continue."""
-    start = partial.stat().st_size if partial.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urlopen(request, timeout=30)
-    except HTTPError as error:
-        with error:
-            if error.code == 416:  # nothing lies beyond `start`: all of it is there
-                return
-            raise
-    with response, partial.open("ab" if response.status == 206 else "wb") as file:
-        with wrap_file(
-            response,
-            total=response.length or source.size,
-            description=source.name,
-            console=Console(stderr=True),
-            transient=True,
-        ) as reader:
-            shutil.copyfileobj(reader, file)
-        if response.length:
-            raise ConnectionError(f"the connection closed {response.length} bytes too early")
+    return fetch(file, cache_dir, by_hand)
 
 
 # --- Reading a file ----------------------------------------------------------------------------

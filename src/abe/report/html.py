@@ -25,12 +25,13 @@ from torch import Tensor
 from abe.checkpoint import load_selected
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
-from abe.data.splits import open_splits
+from abe.data.splits import Splits, open_splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
 from abe.report.runs import Run, differing, read_runs
+from abe.results import data_title
 
 QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at the first rank
 RESULTS = 5  # of each query
@@ -60,22 +61,24 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
     attentive = next((run for run in trained if run.has_attention), None)
 
     console.print("Opening the test images ...")
-    test = _open_test(featured)
-    queries = _choose_queries(featured, test.labels)
+    splits = _open_splits(featured)
+    has_match = _has_match(splits)
+    queries = _choose_queries(featured, splits, has_match)
     console.print("Drawing the report ...")
     page = _template().render(
         featured=featured,
         runs=loaded,
         trained=trained,
         compared=_compared(featured, loaded),
-        queries=int((np.bincount(test.labels)[test.labels] > 1).sum()),
+        queries=int(has_match.sum()),
+        title=data_title(featured.record["data"]),
         columns=[k for k in featured.record["scores"]["ensemble"] if k.startswith("recall@")],
         styles=styles,
         curves=_curves(trained, styles),
-        histograms=_histograms(trained, test.labels),
+        histograms=_histograms(trained, splits.test.labels),
         attentive=attentive,
-        masks=attentive and _masks(attentive, test, queries),
-        retrieved=_retrieved(featured, loaded, test, queries),
+        masks=attentive and _masks(attentive, splits.test, queries),
+        retrieved=_retrieved(featured, loaded, splits, queries),
         facts=_facts(loaded),
         settings=_differing_settings([run for run in loaded if run.config]),
         updates={run.label: _updates(run.log) for run in trained},
@@ -87,21 +90,29 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
         raise InputError(f"{output} cannot be written: {error.strerror}") from None
 
 
-def _open_test(run: Run) -> LabelledImages:
-    """The test images of a run, read from where they are when they are asked for."""
+def _open_splits(run: Run) -> Splits:
+    """The images of a run, read from where they are when they are asked for."""
     assert run.config is not None
-    advice = f"put the images back, or correct data.source in {run.path / 'config.json'}"
+    key = "data.source" if run.config.data.root is None else "data.root"
+    advice = f"put the images back, or correct {key} in {run.path / 'config.json'}"
     try:
         data = run.config.data.model_copy(update={"cache": False})
-        test = open_splits(data, run.config.protocol).test
+        splits = open_splits(data, run.config.protocol)
     except InputError as error:
         raise InputError(f"the images of {run.path} cannot be opened: {error}; {advice}") from None
-    if len(test) != run.record["data"]["test_images"]:
+    if len(splits.test) != run.record["data"]["test_images"]:
         raise InputError(
             f"{run.path} was tested on {run.record['data']['test_images']} images, "
-            f"{run.config.data.source} has {len(test)} now: {advice}"
+            f"{run.config.data.source} has {len(splits.test)} now: {advice}"
         )
-    return test
+    return splits
+
+
+def _has_match(splits: Splits) -> NDArray[np.bool_]:
+    """Whether a test image has any other of its class to be found; (N,)."""
+    if splits.gallery is not None:
+        return np.isin(splits.test.labels, splits.gallery.labels)
+    return np.bincount(splits.test.labels)[splits.test.labels] > 1
 
 
 def _compared(featured: Run, runs: list[Run]) -> list[Run]:
@@ -153,15 +164,15 @@ def _histograms(runs: list[Run], labels: NDArray[np.int64]) -> list[figures.Char
     ]
 
 
-def _choose_queries(run: Run, labels: NDArray[np.int64]) -> list[int]:
+def _choose_queries(run: Run, splits: Splits, has_match: NDArray[np.bool_]) -> list[int]:
     """Images spread evenly over those whose first result is right, and over those where not.
 
     Raises:
         InputError: the run's Recall@1 does not come out: the labels are not those it was scored by.
     """
-    nearest = nearest_neighbors(run.ensemble, None, 1).indices[:, 0].numpy()
-    right = labels[nearest] == labels
-    has_match = np.bincount(labels)[labels] > 1
+    nearest = nearest_neighbors(run.ensemble, run.ensemble_gallery, 1).indices[:, 0].numpy()
+    candidates = splits.test if splits.gallery is None else splits.gallery
+    right = candidates.labels[nearest] == splits.test.labels
     if abs(right[has_match].mean() - run.recall) > 0.01:  # a GPU's rounding flips near-ties
         raise InputError(
             f"{run.path} has Recall@1 {run.recall:.3f}, by the classes of its images as they are "
@@ -212,28 +223,33 @@ def _masks(run: Run, test: LabelledImages, queries: list[int]) -> dict[str, Any]
 
 
 def _retrieved(
-    featured: Run, runs: list[Run], test: LabelledImages, queries: list[int]
+    featured: Run, runs: list[Run], splits: Splits, queries: list[int]
 ) -> list[dict[str, Any]]:
     """The first results of each query: by one run of each method, by the learners of `featured`."""
     methods = {run.record["method"]: run for run in reversed(runs) if run.embeddings is not None}
     methods |= {featured.record["method"]: featured}
     ensembles = {
-        run.label: _search(run.ensemble, queries)
+        run.label: _search(run.ensemble, run.ensemble_gallery, queries)
         for run in sorted(methods.values(), key=lambda run: run.recall, reverse=True)
     }
     assert featured.embeddings is not None
     learners = {
-        f"learner {number} alone": _search(learner, queries)
+        f"learner {number} alone": _search(
+            learner, None if featured.gallery is None else featured.gallery[:, number - 1], queries
+        )
         for number, learner in enumerate(featured.embeddings.unbind(1), start=1)
     }
+    test = splits.test
+    candidates = test if splits.gallery is None else splits.gallery
 
     @cache
-    def image(index: int) -> dict[str, Any]:
-        square = ImageOps.fit(test.load(index), (THUMBNAIL, THUMBNAIL))
+    def image(index: int, of_candidates: bool) -> dict[str, Any]:
+        images = candidates if of_candidates else test
+        square = ImageOps.fit(images.load(index), (THUMBNAIL, THUMBNAIL))
         return {
             "picture": figures.data_uri(square, THUMBNAIL),
-            "class_name": test.class_names[int(test.labels[index])],
-            "file": PurePath(test.describe(index)).name,
+            "class_name": images.class_names[int(images.labels[index])],
+            "file": PurePath(images.describe(index)).name,
         }
 
     def rows(searches: dict[str, list[list[int]]], number: int) -> list[dict[str, Any]]:
@@ -242,7 +258,7 @@ def _retrieved(
             {
                 "name": name,
                 "results": [
-                    image(index) | {"right": bool(test.labels[index] == own)}
+                    image(index, True) | {"right": bool(candidates.labels[index] == own)}
                     for index in found[number]
                 ],
             }
@@ -251,7 +267,7 @@ def _retrieved(
 
     return [
         {
-            "query": image(query),
+            "query": image(query, False),
             "ensembles": rows(ensembles, number),
             "learners": rows(learners, number) if len(learners) > 1 else [],
         }
@@ -259,8 +275,14 @@ def _retrieved(
     ]
 
 
-def _search(embeddings: Tensor, queries: list[int]) -> list[list[int]]:
-    """The nearest other images of each query, nearest first; the query is left out by index."""
+def _search(embeddings: Tensor, gallery: Tensor | None, queries: list[int]) -> list[list[int]]:
+    """The nearest of the gallery for each query, nearest first.
+
+    Without a gallery the nearest other images, where the query is left out by index.
+    """
+    if gallery is not None:
+        k = min(RESULTS, len(gallery))
+        return nearest_neighbors(embeddings[queries], gallery, k).indices.tolist()
     k = min(RESULTS + 1, len(embeddings))
     found = nearest_neighbors(embeddings[queries], embeddings, k).indices.tolist()
     return [

@@ -16,6 +16,7 @@ from torch import Tensor
 from abe.config import Config
 from abe.errors import InputError
 from abe.model.ensemble import concat
+from abe.results import data_title
 from abe.runtime import read_json_lines
 
 
@@ -23,7 +24,7 @@ from abe.runtime import read_json_lines
 class Run:
     """A finished run, or a baseline: a result without training.
 
-    N test images, M learners, d the size of a learner's embedding.
+    N test images, G gallery images, M learners, d the size of a learner's embedding.
 
     Attributes:
         path: its folder.
@@ -35,6 +36,7 @@ class Run:
         config: the same as config.json has it, with the data's full path; None for a baseline.
         log: the lines of metrics.jsonl.
         embeddings: of the test images in order, (N, M, d); a baseline may have none.
+        gallery: of the gallery images in order, (G, M, d); None if there are none.
     """
 
     path: Path
@@ -46,12 +48,18 @@ class Run:
     config: Config | None
     log: list[dict[str, Any]]
     embeddings: Tensor | None
+    gallery: Tensor | None
 
     @cached_property
     def ensemble(self) -> Tensor:
         """Embeddings of the ensemble; (N, D)."""
         assert self.embeddings is not None
         return concat(self.embeddings)
+
+    @cached_property
+    def ensemble_gallery(self) -> Tensor | None:
+        """The same of the gallery, (G, D); None if there is none."""
+        return None if self.gallery is None else concat(self.gallery)
 
     @property
     def has_attention(self) -> bool:
@@ -98,9 +106,9 @@ def _read(path: Path) -> Run:
             raise InputError(f"{path} is not finished: go on with `abe train --resume {path}`")
         raise InputError(f"{path} has no result.json: give the folder of a finished run")
     record = _read_json(path / "result.json")
-    embeddings = path / "embeddings.safetensors"
     try:
         trained = record["selected_step"] is not None
+        embeddings, gallery = _read_embeddings(path / "embeddings.safetensors", record, trained)
         return Run(
             path=path,
             label=record["method"],
@@ -110,9 +118,8 @@ def _read(path: Path) -> Run:
             settings=_flatten(record["config"]),
             config=_read_config(path / "config.json") if trained else None,
             log=read_json_lines(path / "metrics.jsonl") if trained else [],
-            embeddings=_read_embeddings(embeddings, record["data"]["test_images"])
-            if trained or embeddings.exists()
-            else None,
+            embeddings=embeddings,
+            gallery=gallery,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -135,22 +142,32 @@ def _read_config(path: Path) -> Config:
         raise InputError(f"{path}: {error}") from None
 
 
-def _read_embeddings(path: Path, images: int) -> Tensor:
+def _read_embeddings(
+    path: Path, record: dict[str, Any], trained: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the test images and of the gallery, as far as there are any."""
+    if not trained and not path.exists():
+        return None, None
+    data = record["data"]
+    sizes = {"embeddings": data["test_images"], "gallery": data.get("gallery_images")}
     try:
-        embeddings = load_file(path)["embeddings"]
+        tensors = load_file(path)
+        found = [tensors[name] if sizes[name] else None for name in sizes]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({error}): train the run again") from None
-    if embeddings.ndim != 3 or len(embeddings) != images:
-        raise InputError(
-            f"{path} holds {tuple(embeddings.shape)}, but result.json tells of {images} test "
-            "images: the two are not of the same run"
-        )
-    return embeddings
+    for tensor, (name, images) in zip(found, sizes.items(), strict=True):
+        if tensor is not None and (tensor.ndim != 3 or len(tensor) != images):
+            kind = "gallery" if name == "gallery" else "test"
+            raise InputError(
+                f"{path} holds {tuple(tensor.shape)}, but result.json tells of {images} {kind} "
+                "images: the two are not of the same run"
+            )
+    return found[0], found[1]
 
 
 def _test_images(run: Run) -> str:
     data = run.record["data"]
-    return f"{data['name']} ({data['test_images']} images of {data['test_classes']} classes)"
+    return f"{data_title(data)} ({data['test_images']} images of {data['test_classes']} classes)"
 
 
 def _labelled(run: Run, same_method: Sequence[Run]) -> Run:
