@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from abe.results import markdown_table, replace_between, summarize
+from abe.runtime import read_json_lines
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ABE = Path(sys.executable).with_name("abe")
@@ -77,6 +80,14 @@ def test_make_targets_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     shown = {word for words in commands() if words[:1] == ["make"] for word in words[1:]}
     assert {word for word in shown if "=" not in word} <= set(targets)
+
+
+def test_results_table_is_that_of_the_recorded_runs() -> None:
+    table = markdown_table(summarize(read_json_lines(ROOT / "results/runs.jsonl")))
+    text = README.read_text(encoding="utf-8")
+    assert text == replace_between(text, "results", table), (
+        "run `abe results results/runs.jsonl --into README.md`"
+    )
 
 
 @pytest.mark.slow

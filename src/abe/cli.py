@@ -33,6 +33,10 @@ app = typer.Typer(
 )
 # Paths are printed as they are: neither wrapped, nor read as markup, nor coloured.
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
+data_app = typer.Typer(
+    name="data", help="Check, fetch and list the benchmarks.", no_args_is_help=True
+)
+app.add_typer(data_app)
 out = Console(**_PLAIN)
 err = Console(stderr=True, **_PLAIN)
 
@@ -64,7 +68,29 @@ Source = Annotated[
     typer.Argument(
         metavar="DATA",
         help="Folder with one sub-folder of images a class, or CSV file with the columns path, "
-        "label and optionally split and x1, y1, x2, y2. Default: images drawn by abe.",
+        "label and optionally split and x1, y1, x2, y2; or with --root a benchmark's name. "
+        "Default: images drawn by abe.",
+    ),
+]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        "--root", metavar="FOLDER", help="Where the benchmark was unpacked: see `abe data list`."
+    ),
+]
+AllowPartial = Annotated[
+    bool,
+    typer.Option(
+        "--allow-partial", help="Go on with a part of a benchmark, and say so in every result."
+    ),
+]
+Benchmark = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a benchmark: see `abe data list`.")
+]
+Unpacked = Annotated[
+    Path,
+    typer.Option(
+        "--root", metavar="FOLDER", help="Where its archives are, or are to be, unpacked."
     ),
 ]
 OtherSource = Annotated[
@@ -89,8 +115,10 @@ SkipBroken = Annotated[
 def _configure(
     recipe: str | None,
     data: str | None,
+    root: str | None,
     weights: str | None,
     skip_broken: bool,
+    allow_partial: bool,
     overrides: list[str] | None,
 ) -> Config:
     from abe.recipes import get_recipe
@@ -98,10 +126,14 @@ def _configure(
     chosen = []
     if data is not None:
         chosen.append(f"data.source={json.dumps(data)}")
+    if root is not None:
+        chosen.append(f"data.root={json.dumps(root)}")
     if weights is not None:
         chosen.append(f"model.weights={json.dumps(None if weights == 'none' else weights)}")
     if skip_broken:
         chosen.append("data.skip_broken=true")
+    if allow_partial:
+        chosen.append("data.allow_partial=true")
     return get_recipe(recipe or "photographs").with_overrides([*chosen, *(overrides or [])])
 
 
@@ -120,9 +152,11 @@ def train(
         Path | None,
         typer.Option(metavar="FOLDER", help="Go on with the run in this folder where it stopped."),
     ] = None,
+    root: Root = None,
     recipe: Recipe = None,
     weights: Weights = None,
     skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
     results: Results = None,
     overrides: Overrides = None,
 ) -> None:
@@ -136,13 +170,13 @@ def train(
     from abe.train import Trainer
 
     if resume is not None:
-        if data or run or recipe or weights or skip_broken or overrides:
+        if any((data, run, root, recipe, weights, skip_broken, allow_partial, overrides)):
             raise InputError(
                 "--resume goes on as the run was started: give nothing with it but --results"
             )
         trainer = Trainer.resume(resume, err)
     else:
-        config = _configure(recipe, data, weights, skip_broken, overrides)
+        config = _configure(recipe, data, root, weights, skip_broken, allow_partial, overrides)
         folder = run or Path("runs", f"{config.recipe}-{config.digest}")
         trainer = Trainer(config, folder, err)
     record = trainer.fit()
@@ -160,13 +194,15 @@ def evaluate(
         Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")
     ],
     data: OtherSource = None,
+    root: Root = None,
+    allow_partial: AllowPartial = False,
     results: Results = None,
 ) -> None:
     """Score a run's ensemble and each of its learners once more."""
     from abe.results import append_record, scores_table
     from abe.train import evaluate_run
 
-    record = evaluate_run(run, data)
+    record = evaluate_run(run, data, root, allow_partial)
     file = results or _beside(run)
     append_record(file, record)
     out.print(scores_table([record]))
@@ -225,10 +261,12 @@ def results(
 @app.command()
 def demo(
     data: Source = None,
+    root: Root = None,
     folder: Annotated[
         Path, typer.Option("--folder", metavar="FOLDER", help="Folder to work in.")
     ] = Path("demo"),
     skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
 ) -> None:
     """Compare 1-head and ABE-4 in minutes and write a report.
 
@@ -238,7 +276,8 @@ def demo(
     from abe.demo import run_demo
     from abe.results import scores_table
 
-    records, page = run_demo(data, folder, skip_broken, err)
+    base = _configure("demo", data, root, None, skip_broken, allow_partial, None)
+    records, page = run_demo(base, folder, err)
     out.print(scores_table(records))
     out.print(f"Report: {page}")
 
@@ -266,17 +305,61 @@ def summary(
 @app.command()
 def config(
     data: Source = None,
+    root: Root = None,
     recipe: Recipe = None,
     weights: Weights = None,
     skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
     overrides: Overrides = None,
 ) -> None:
     """Print all settings that `abe train` would use, as JSON.
 
     Each can be changed by --set, for example --set train.lr=1e-4 --set model.network=m-heads.
     """
-    resolved = _configure(recipe, data, weights, skip_broken, overrides)
+    resolved = _configure(recipe, data, root, weights, skip_broken, allow_partial, overrides)
     typer.echo(json.dumps(resolved.to_json(), indent=2))
+
+
+@data_app.command()
+def check(
+    name: Benchmark,
+    root: Unpacked,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object instead.")] = False,
+    lists: Annotated[
+        bool, typer.Option("--lists", help="Compare lists and file names; read no image.")
+    ] = False,
+) -> None:
+    """Compare a copy of a benchmark with what its publisher ships.
+
+    Ends with status 0 if it is complete, and with status 2 and what differs if it is not.
+    """
+    from abe.data.benchmarks import find_benchmark
+
+    copy = find_benchmark(name).check(root, decode=not lists, console=err)
+    if as_json:
+        typer.echo(json.dumps(copy.to_json(), indent=2))
+        raise typer.Exit(0 if copy.complete else 2)
+    out.print(str(copy.require()))
+
+
+@data_app.command()
+def get(name: Benchmark, root: Unpacked) -> None:
+    """Fetch a benchmark from its publisher, unpack it, and check it.
+
+    A download that was interrupted goes on. Files that you have put into the folder are verified
+    instead of fetched. Archives stay in the folder.
+    """
+    from abe.data.download import get
+
+    out.print(str(get(name, root, err)))
+
+
+@data_app.command("list")
+def list_benchmarks() -> None:
+    """List the benchmarks, with the sizes that a copy has to have."""
+    from abe.data.benchmarks import benchmarks_table
+
+    out.print(benchmarks_table())
 
 
 def _beside(run: Path) -> Path:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from abe.checkpoint import checkpoints
+from abe.config import Config
 from abe.data.splits import open_splits
 from abe.evaluate import evaluate_baselines
-from abe.recipes import demo
 from abe.report.html import write_report
 from abe.results import write_result
 from abe.train import Trainer
@@ -22,17 +22,14 @@ NETWORKS = {
 }
 
 
-def run_demo(
-    data: str | None, folder: Path, skip_broken: bool, console: Console
-) -> tuple[list[dict[str, Any]], Path]:
+def run_demo(base: Config, folder: Path, console: Console) -> tuple[list[dict[str, Any]], Path]:
     """Score raw pixels and the pretrained start, train 1-head and ABE-4, write the report.
 
     A demo that was interrupted goes on where it was; one that is finished is shown again.
 
     Args:
-        data: a folder of class folders or a CSV; None for the built-in vehicles.
+        base: what the runs have in common.
         folder: where the runs and the report go.
-        skip_broken: leave unreadable files out instead of stopping.
         console: where to report progress.
 
     Returns:
@@ -41,7 +38,6 @@ def run_demo(
     Raises:
         InputError: the data cannot be used.
     """
-    base = demo(data).with_overrides(["data.skip_broken=true"] * skip_broken)
     work = folder / base.digest
     runs = [work / "raw-pixels", work / "pretrained-start"]
     if not all((run / "result.json").exists() for run in runs):

@@ -6,7 +6,6 @@ A recipe is a function that returns a full `Config`; `--set key=value` changes a
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable
 
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -50,12 +49,11 @@ def photographs() -> Config:
     )
 
 
-def demo(data: str | None = None) -> Config:
+def demo() -> Config:
     """A few minutes on 2 CPU cores: small images, few steps, the built-in vehicles by default."""
     return photographs().with_overrides(
         [
             "recipe=demo",
-            f"data.source={json.dumps(data or 'synthetic')}",
             "data.resize=80",
             "data.crop=64",
             "data.synthetic_classes=120",

@@ -215,14 +215,16 @@ def _data_table(summaries: list[Summary]) -> str:
         f"{train['steps']} steps of {train['batch_size']} images at "
         f"{first['config']['data']['crop']} px.",
         "",
-        f"| method | loss | seeds | {' | '.join(names)} | a learner's R@1 | learners' cosine |",
-        f"|---|---|--:|{'--:|' * len(names)}--:|--:|",
+        f"| method | loss | rate, of | seeds | {' | '.join(names)} | a learner's R@1 "
+        "| learners' cosine |",
+        f"|---|---|---|--:|{'--:|' * len(names)}--:|--:|",
     ]
     for summary in summaries:
         cosine = summary.scores.get("learner cosine")
         cells = [
             summary.record["method"],
             _loss_name(summary.record),
+            _rate_name(summary),
             str(summary.seeds),
             *(_percent(summary, name) for name in (*recalls, "learner recall@1")),
             "" if cosine is None else f"{cosine:.2f}",
@@ -240,6 +242,13 @@ def _loss_name(record: dict[str, Any]) -> str:
     return {"per_image": "Eq. 10", "sum": "Eq. 10, sum", "balanced": "Eq. 10, balanced"}[
         train["normalization"]
     ]
+
+
+def _rate_name(summary: Summary) -> str:
+    """The learning rate that was chosen, and how many were tried."""
+    if summary.record["selected_step"] is None:
+        return ""
+    return f"{summary.record['config']['train']['lr']:g}, {len(summary.rates)}"
 
 
 def _percent(summary: Summary, name: str) -> str:

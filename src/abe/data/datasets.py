@@ -304,7 +304,7 @@ def check_images(
 
     Raises:
         BrokenImagesError: some cannot be read, and `skip_broken` is off or leaves a class with
-            fewer than 2 images.
+            fewer than 2 images that had more.
     """
     broken = find_broken(images, read=read, on_progress=on_progress)
     kept = np.delete(np.arange(len(images)), list(broken))
@@ -314,8 +314,9 @@ def check_images(
     if not skip_broken:
         advice = "replace or remove them, or go on without them by --skip-broken"
         raise BrokenImagesError(f"{problem}; {advice}", list(broken.values()))
-    left = np.bincount(images.labels[kept], minlength=len(images.class_names))
-    if few := [label for label in np.unique(images.labels) if left[label] < 2]:
+    before = np.bincount(images.labels)
+    left = np.bincount(images.labels[kept], minlength=len(before))
+    if few := np.flatnonzero((left < 2) & (before >= 2)).tolist():
         names = _listed([images.class_names[label] for label in few])
         raise BrokenImagesError(
             f"{problem}, and without them classes are left with fewer than 2 ({names}): replace "

@@ -170,7 +170,8 @@ def _choose_queries(run: Run, splits: Splits, has_match: NDArray[np.bool_]) -> l
     Raises:
         InputError: the run's Recall@1 does not come out: the labels are not those it was scored by.
     """
-    nearest = nearest_neighbors(run.ensemble, run.ensemble_gallery, 1).indices[:, 0].numpy()
+    found = nearest_neighbors(run.ensemble, run.ensemble_gallery, 1, similarity="euclidean")
+    nearest = found.indices[:, 0].numpy()
     candidates = splits.test if splits.gallery is None else splits.gallery
     right = candidates.labels[nearest] == splits.test.labels
     if abs(right[has_match].mean() - run.recall) > 0.01:  # a GPU's rounding flips near-ties

@@ -1,0 +1,128 @@
+"""Fetching a benchmark from its publisher and unpacking it."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from abe.data.benchmarks import Benchmark, Copy, find_benchmark
+from abe.download import RemoteFile, checksum_difference, fetch
+from abe.errors import InputError
+
+ARCHIVES = (".tgz", ".zip")
+
+
+def get(name: str, root: str | Path, console: Console | None = None) -> Copy:
+    """Fetch what a benchmark's publisher ships, unpack it in `root`, and check what came of it.
+
+    Files that are in `root` already are verified instead of fetched. A download or an unpacking
+    that was interrupted is finished by the next call; a copy that is complete is left alone.
+
+    Raises:
+        InputError: there is no such benchmark, no network or no address (the message says where to
+            put the file by hand), no room; a file is not the publisher's or damaged; or the copy is
+            not complete in the end.
+    """
+    console = console or Console(stderr=True)
+    benchmark, root = find_benchmark(name), Path(root)
+    copy = benchmark.check(root)
+    if copy.complete:
+        return copy
+    if not benchmark.files:
+        raise InputError(f"{name} is not published as a file: there is nothing to fetch\n{copy}")
+    absent = [file for file in benchmark.files if not (root / file.name).exists()]
+    if nowhere := [file for file in absent if file.url is None]:
+        raise InputError(
+            f"{name} has to be fetched by hand, its publisher answers no program: "
+            f"{_by_hand(benchmark, nowhere, root)}"
+        )
+    _check_room(benchmark, absent, root)
+    for file in benchmark.files:
+        path = root / file.name
+        console.print(f"{'Fetching' if file in absent else 'Verifying'} {file.name} ...")
+        if file in absent:
+            fetch(file, root, _by_hand(benchmark, [file], root))
+        elif difference := checksum_difference(path, file):
+            raise InputError(
+                f"{path} has {difference}: it is not what {benchmark.title}'s publisher ships, "
+                "remove it"
+            )
+        if path.suffix in ARCHIVES:
+            console.print(f"Unpacking {file.name} ...")
+            unpack(path, root)
+    return benchmark.check(root).require()
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the files of a .tgz or .zip archive; its links and devices are left out.
+
+    A file gets its name when it is complete, so an interruption leaves no part of one under it.
+
+    Raises:
+        InputError: the archive is damaged or takes a password, a file would land outside `folder`,
+            or cannot be written.
+    """
+    inside = folder.resolve()
+    try:
+        for name, content in _members(archive):
+            target = (inside / name).resolve()  # through links that are there already
+            if not target.is_relative_to(inside):
+                raise InputError(f"{archive}: {name!r} would land outside {folder}; do not use it")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.part")
+            with partial.open("wb") as file:
+                shutil.copyfileobj(content, file)
+            partial.replace(target)
+    except RuntimeError as error:  # how zipfile asks for a password
+        raise InputError(f"{archive}: {error}: unpack it by hand in {folder}") from None
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{archive} is damaged ({error}): fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{archive} cannot be unpacked in {folder}: {error}") from None
+
+
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Names and contents of the regular files in an archive."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                if not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16):
+                    with zipped.open(info) as unzipped:
+                        yield info.filename, unzipped
+    else:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isreg() and (content := tar.extractfile(member)):
+                    yield member.name, content
+
+
+def _by_hand(benchmark: Benchmark, files: Sequence[RemoteFile], root: Path) -> str:
+    named = []
+    for file in files:
+        size = "" if file.size is None else f"{file.size:,} bytes"
+        facts = ", ".join(filter(None, (file.url, size, file.checksum)))
+        named.append(f"{file.name} ({facts})" if facts else file.name)
+    return (
+        f"put {' and '.join(named)} into {root} and run `abe data get {benchmark.name} --root "
+        f"{root}` again, which verifies and unpacks it; {benchmark.homepage} describes the data"
+    )
+
+
+def _check_room(benchmark: Benchmark, absent: Sequence[RemoteFile], root: Path) -> None:
+    """Photographs are compressed already: unpacked they take about what the archives take."""
+    needed = sum(file.size or 0 for file in (*absent, *benchmark.files))
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{benchmark.name} needs about {needed / 1e9:.1f} GB in {root}, where "
+            f"{free / 1e9:.1f} GB are free: give another folder by --root"
+        )

@@ -1,0 +1,611 @@
+"""Preparation: images decoded once, into a file of padded squares that training maps into memory.
+
+A prepared folder holds three files, which docs/data.md describes field by field:
+
+    squares.npy     uint8 RGB, (L, side, side, 3): what `pad_to_square` makes of each listed image
+    index.parquet   L lines: file, label, split, box, and checksums of the file and of its square
+    prepared.json   version, and the checksum of index.parquet; written last
+
+While it is being made, index.parquet has the list alone, and prepared.journal a line for each image
+that is done. A line is written after its square is on the disk, so that a preparation may be killed
+at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from abe.data.datasets import EDGES, ImageFiles, check_images
+from abe.data.decode import BrokenImageError
+from abe.data.transforms import pad_to_square
+from abe.errors import InputError
+
+VERSION = 1
+SQUARES, INDEX, MANIFEST = "squares.npy", "index.parquet", "prepared.json"
+JOURNAL = "prepared.journal"
+LINE_BYTES = 1024  # of disk space for each image beside its square: lines of journal and index
+FLUSHED = 256  # images that are done between two writes to the journal
+NAMED = 20  # files that a message names at most
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImages:
+    """Images whose padded squares are mapped into memory; satisfies `LabelledImages`.
+
+    Any number of processes may read a prepared folder.
+
+    Attributes:
+        folder: where they are.
+        name: as the source's.
+        labels: int64, (N,): indices into `class_names`.
+        class_names: as the source's.
+        squares: uint8, (L, side, side, 3), of all images that were listed; selections share it.
+        paths: Arrow column of bytes, (L,): the files that were decoded.
+        rows: int64, (N,): where in `squares` and `paths`.
+    """
+
+    folder: Path
+    name: str
+    labels: np.ndarray
+    class_names: Sequence[str]
+    squares: np.ndarray
+    paths: Any
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int) -> Image.Image:
+        """The padded square, in mode RGB."""
+        return Image.fromarray(self.squares[self.rows[index]])
+
+    def square(self, index: int, side: int) -> np.ndarray:
+        """The padded square, read-only; -> uint8 (side, side, 3).
+
+        Raises:
+            InputError: it was prepared with another side.
+        """
+        self.require_side(side)
+        return self.squares[self.rows[index]]
+
+    def require_side(self, side: int) -> None:
+        """Raise an `InputError` if the squares have another side."""
+        if side != (prepared := self.squares.shape[1]):
+            raise InputError(
+                f"{self.folder} was prepared with --size {prepared}, but data.resize is {side}: "
+                f"set data.resize={prepared}, or prepare the images again with --size {side}"
+            )
+
+    def describe(self, index: int) -> str:
+        """The path of the file that was decoded."""
+        return os.fsdecode(self.paths[self.rows[index]].as_py())
+
+    def select(self, indices: np.ndarray) -> Self:
+        """A part of the images, on the same memory."""
+        return replace(self, labels=self.labels[indices], rows=self.rows[indices])
+
+    def __reduce__(self) -> tuple[Callable[..., PreparedImages], tuple[Path, np.ndarray]]:
+        """A process that is spawned maps the file itself, rather than be sent its content."""
+        return _map_rows, (self.folder, self.rows)
+
+
+class Prepared(NamedTuple):
+    """What a prepared folder holds."""
+
+    images: PreparedImages
+    """Those that could be read."""
+    split: np.ndarray | None
+    """(N,): the part that each of them is in, if the source says so."""
+    skipped: int
+    """How many of the listed files could not be read."""
+    ks: tuple[int, ...] | None
+    """The K of Recall@K that the source asks for."""
+    stamps: tuple[str, ...]
+    """What every result has to say of the data."""
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a folder is prepared, or partly so."""
+    return any((Path(path) / name).is_file() for name in (MANIFEST, JOURNAL))
+
+
+def open_prepared(folder: str | Path) -> Prepared:
+    """Open a prepared folder.
+
+    While the folder or the CSV file that it was made from is still there, the files are looked at:
+    one whose size is another, or whose time and content are, has changed. Files that were added to
+    a folder since are not noticed; `prepare` compares those, too.
+
+    Raises:
+        InputError: the preparation is unfinished, of an unknown version or damaged (of the squares
+            only their number is checked; see `verify`), or files have changed since.
+    """
+    folder = Path(folder)
+    images, index = _map(folder)
+    _require_unchanged(folder, index)
+    readable = np.flatnonzero(index["error"].is_null())
+    split = np.array(index["split"].to_pylist())[readable]
+    about = _about(index)
+    return Prepared(
+        images.select(readable),
+        None if index["split"].null_count else split,
+        len(index) - len(readable),
+        about["ks"] and tuple(about["ks"]),
+        tuple(about["stamps"]),
+    )
+
+
+def prepare(
+    images: ImageFiles,
+    folder: str | Path,
+    *,
+    source: str | Path,
+    split: np.ndarray | None = None,
+    ks: Sequence[int] | None = None,
+    stamps: Sequence[str] = (),
+    side: int = 256,
+    skip_broken: bool = False,
+    console: Console | None = None,
+) -> Prepared:
+    """Decode images into a prepared folder on all processors, or go on where that was interrupted.
+
+    The result is the same to the byte, however often it was interrupted. A folder that is finished
+    is compared with the images and stays as it is.
+
+    Args:
+        images: what to decode.
+        folder: where to; made if it does not exist, else empty or begun before.
+        source: the folder or CSV file that `images` were opened from.
+        split: (N,), the part that each image is in, or None.
+        ks: the K of Recall@K that they are scored by, None for the usual.
+        stamps: what every result on them has to say.
+        side: of the squares, pixels.
+        skip_broken: leave out files that cannot be read.
+        console: where to show progress; None for nowhere.
+
+    Raises:
+        InputError: the folder has other content or other images, cannot be written, or is being
+            prepared by another process; the disk is full; files cannot be read (`check_images`).
+            What is done by then is kept.
+    """
+    folder, source = Path(folder), Path(os.path.abspath(source))
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{folder} is in {source}: prepare into a folder outside of it")
+    about = {
+        "name": images.name,
+        "class_names": list(images.class_names),
+        "side": side,
+        "ks": ks and list(ks),
+        "stamps": list(stamps),
+        "source": str(source),
+        "sha256": _sha256(source) if source.is_file() else None,
+    }
+    listing = _list(images, split, about)
+    try:
+        if not (folder / MANIFEST).exists():
+            _prepare(images, listing, folder, skip_broken, console)
+        elif (folder / JOURNAL).exists():  # the end of its preparation was interrupted
+            (folder / JOURNAL).unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written: {error.strerror}; what is done is kept, and the same "
+            "command goes on with it"
+        ) from None
+    _require_same(folder, _map(folder)[1], listing)
+    return open_prepared(folder)
+
+
+def verify(folder: str | Path, console: Console | None = None) -> Prepared:
+    """Compare every square, and every file that is still there, with its checksum.
+
+    Raises:
+        InputError: some differ; or as `open_prepared`.
+    """
+    folder = Path(folder)
+    images, index = _map(folder)
+
+    def fault_of(row: int) -> str | None:
+        path, sha256, square_sha256 = (
+            index[column][row].as_py() for column in ("path", "sha256", "square_sha256")
+        )
+        if hashlib.sha256(images.squares[row].data).hexdigest() != square_sha256:
+            return f"image {row} of {SQUARES}, {os.fsdecode(path)}, is damaged"
+        if sha256 and os.path.exists(path) and _sha256(path) != sha256:
+            return f"{os.fsdecode(path)} has changed"
+        return None
+
+    with ThreadPool() as pool, _progress(console) as progress:
+        faults = pool.imap(fault_of, range(len(index)), chunksize=16)
+        tracked = progress.track(faults, len(index), description="comparing checksums")
+        found = [fault for fault in tracked if fault]
+    if found:
+        raise InputError(
+            f"{folder} is not what was prepared ({len(found)} of {len(index)} images); "
+            f"{_anew(folder)}:\n{_named(found)}"
+        )
+    return open_prepared(folder)
+
+
+# --- Reading -----------------------------------------------------------------------------------
+
+
+def _map(folder: Path) -> tuple[PreparedImages, Any]:
+    """All L images that were listed, and the index as a `pyarrow.Table`."""
+    if not (folder / MANIFEST).exists():
+        raise InputError(f"{folder} is not prepared to the end: go on with `abe data prepare`")
+    with _damage_told(folder):
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["version"] != VERSION:
+            raise InputError(
+                f"{folder} is of version {manifest['version']!r}, and this program reads {VERSION}:"
+                " prepare the images again, or use a newer one"
+            )
+        if _sha256(folder / INDEX) != manifest["index_sha256"]:
+            raise ValueError(f"{INDEX} does not have its checksum")
+        index = _pyarrow().parquet.read_table(folder / INDEX)
+        about = _about(index)
+        images = PreparedImages(
+            folder,
+            about["name"],
+            index["label"].to_numpy(),
+            about["class_names"],
+            _map_squares(folder / SQUARES, (len(index), about["side"])),
+            index["path"],
+            np.arange(len(index)),
+        )
+    return images, index
+
+
+def _map_squares(path: Path, expected: tuple[int, int]) -> np.memmap[Any, Any]:
+    squares = np.load(path, mmap_mode="r")
+    if squares.shape != _shape(*expected) or squares.dtype != np.uint8:
+        raise ValueError(f"{path.name} holds {squares.dtype} {squares.shape}")
+    return squares
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file makes its parser raise almost anything
+        raise InputError(f"{folder} is damaged ({error}): {_anew(folder)}") from None
+
+
+def _map_rows(folder: Path, rows: np.ndarray) -> PreparedImages:
+    return _map(folder)[0].select(rows)
+
+
+def _require_unchanged(folder: Path, index: Any) -> None:
+    about = _about(index)
+    source = Path(about["source"])
+    if not source.exists():
+        return
+    changed = [str(source)] if source.is_file() and _sha256(source) != about["sha256"] else []
+    columns = (index[name].to_pylist() for name in ("path", "size", "mtime_ns"))
+    for row, (path, size, mtime_ns) in enumerate(zip(*columns, strict=True)):
+        now = _size_and_time(path)
+        if now == (size, mtime_ns):
+            continue
+        sha256 = index["sha256"][row].as_py()
+        if now[0] != size or sha256 is None or _sha256(path) != sha256:
+            changed.append(os.fsdecode(path))
+    if changed:
+        raise InputError(
+            f"{folder}: files have changed since they were prepared ({len(changed)}); put them "
+            f"back as they were, or {_anew(folder)}:\n{_named(changed)}"
+        )
+
+
+def _anew(folder: Path) -> str:
+    return f"remove {folder} and prepare the images anew"
+
+
+def _named(items: Sequence[str]) -> str:
+    more = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
+    return "\n".join([*items[:NAMED], *more])
+
+
+# --- Writing -----------------------------------------------------------------------------------
+
+
+class _Entry(NamedTuple):
+    """What the journal has of an image that is done."""
+
+    size: int | None
+    mtime_ns: int | None
+    sha256: str | None
+    square_sha256: str
+    error: str | None
+
+
+def _list(images: ImageFiles, split: np.ndarray | None, about: dict[str, Any]) -> Any:
+    """The columns of the index that are known before an image is read; -> `pyarrow.Table`."""
+    pa = _pyarrow()
+    boxes = images.boxes or [None] * len(images)
+    paths = [os.fsencode(os.path.abspath(path)) for path in images.paths]
+    columns = {
+        "path": pa.array(paths, pa.binary()),
+        "label": pa.array(images.labels, pa.int64()),
+        "split": pa.array([None] * len(images) if split is None else split.tolist(), pa.string()),
+    }
+    for number, edge in enumerate(EDGES):
+        columns[edge] = pa.array([box and box[number] for box in boxes], pa.float64())
+    return pa.table(columns, metadata={"abe": json.dumps(about)})
+
+
+def _about(index: Any) -> dict[str, Any]:
+    """What an index says of all images."""
+    return json.loads(index.schema.metadata[b"abe"])
+
+
+def _require_same(folder: Path, index: Any, listing: Any) -> None:
+    """Refuse to go on with a folder that was begun with another list."""
+    begun = index.select(listing.column_names)
+    then, now = ({**_about(table), "sha256": None} for table in (begun, listing))
+    if then == now and begun.equals(listing):
+        return
+    if then["side"] != now["side"]:
+        difference = f"--size {then['side']}, not {now['side']}"
+    else:
+        paths = [set(table["path"].to_pylist()) for table in (begun, listing)]
+        removed, added = paths[0] - paths[1], paths[1] - paths[0]
+        files = [f"- {os.fsdecode(path)}" for path in sorted(removed)]
+        files += [f"+ {os.fsdecode(path)}" for path in sorted(added)]
+        difference = (
+            f"other images ({len(removed)} of them are gone, {len(added)} are new):\n"
+            f"{_named(files)}\n"
+            if files
+            else "other labels, boxes or parts of a split"
+        )
+    raise InputError(f"{folder} was begun with {difference}; give a new folder, or {_anew(folder)}")
+
+
+def _prepare(
+    images: ImageFiles, listing: Any, folder: Path, skip_broken: bool, console: Console | None
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / JOURNAL).exists():
+        raise InputError(f"{folder} is not empty: give a new folder")
+    with _locked(folder / JOURNAL) as journal:
+        if not (folder / MANIFEST).exists():  # else another process has just finished it
+            _decode(images, listing, folder, journal, skip_broken, console)
+        (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def _decode(
+    images: ImageFiles,
+    listing: Any,
+    folder: Path,
+    journal: BinaryIO,
+    skip_broken: bool,
+    console: Console | None,
+) -> None:
+    side = _about(listing)["side"]
+    if (folder / INDEX).exists():
+        with _damage_told(folder):
+            _require_same(folder, _pyarrow().parquet.read_table(folder / INDEX), listing)
+    else:
+        _reserve(folder / SQUARES, _shape(len(images), side))
+        journal.truncate(0)
+        _write(folder / INDEX, _parquet(listing))
+    with _damage_told(folder):
+        first = _map_squares(folder / SQUARES, (len(images), side)).offset
+    with (folder / SQUARES).open("r+b") as squares, _progress(console) as progress:
+        writer = _Writer(images, side, squares, first, journal)
+        task = progress.add_task("preparing images", total=len(images))
+        try:
+            check_images(
+                images,
+                skip_broken,
+                read=writer.prepare,
+                on_progress=lambda done: progress.update(task, completed=done),
+            )
+        finally:
+            writer.flush()
+    entries = [writer.entries[index] for index in range(len(images))]
+    index = listing
+    for name, values in zip(_Entry._fields, zip(*entries, strict=True), strict=True):
+        kind = _pyarrow().int64() if name in ("size", "mtime_ns") else _pyarrow().string()
+        index = index.append_column(name, _pyarrow().array(values, kind))
+    content = _parquet(index)
+    manifest = {"version": VERSION, "index_sha256": hashlib.sha256(content).hexdigest()}
+    _write(folder / INDEX, content)
+    _write(folder / MANIFEST, f"{json.dumps(manifest, indent=2)}\n".encode())
+
+
+class _Writer:
+    """Writes squares, and then their entries into the journal; called by several threads.
+
+    Attributes:
+        entries: index -> entry, of what is done.
+    """
+
+    def __init__(
+        self, images: ImageFiles, side: int, squares: BinaryIO, first: int, journal: BinaryIO
+    ) -> None:
+        self.entries = _read_journal(journal)
+        self._images = images
+        self._side = side
+        self._squares = squares
+        self._first = first  # byte of the first square
+        self._journal = journal
+        self._lines: list[str] = []
+        self._lock = threading.Lock()
+
+    def prepare(self, index: int) -> None:
+        """Write the square of an image, unless that is done and its file is still the same.
+
+        Raises:
+            BrokenImageError: the file cannot be read; its square is black.
+        """
+        path = self._images.paths[index]
+        found = _size_and_time(path)
+        entry = self.entries.get(index)
+        if entry is None or found != (entry.size, entry.mtime_ns):
+            entry = self._decode(index, found)
+        if entry.error is not None:
+            raise BrokenImageError(path, entry.error)
+
+    def _decode(self, index: int, found: tuple[int | None, int | None]) -> _Entry:
+        path = self._images.paths[index]
+        sha256 = error = None
+        try:
+            if found != (None, None) and not path.is_file():
+                raise BrokenImageError(path, "not a regular file")  # a pipe would be waited for
+            square = pad_to_square(self._images.load(index), self._side)
+            sha256 = _sha256(path)
+            if sha256 is None or _size_and_time(path) != found:
+                raise BrokenImageError(path, "changed while it was read")
+        except BrokenImageError as broken:
+            square = np.zeros((self._side, self._side, 3), np.uint8)
+            sha256, error = None, broken.reason
+        entry = _Entry(*found, sha256, hashlib.sha256(square.data).hexdigest(), error)
+        with self._lock:
+            self._squares.seek(self._first + index * square.nbytes)
+            self._squares.write(square.data)
+            self.entries[index] = entry
+            self._lines.append(f"{json.dumps([index, *entry])}\n")
+            if len(self._lines) == FLUSHED:
+                self._flush()
+        return entry
+
+    def flush(self) -> None:
+        """Bring what is done to the disk."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        _sync(self._squares)
+        self._journal.write("".join(self._lines).encode())
+        _sync(self._journal)
+        self._lines.clear()
+
+
+def _read_journal(journal: BinaryIO) -> dict[int, _Entry]:
+    """The entries that are whole; what an interruption has left of another is cut off."""
+    entries = {}
+    journal.seek(0)
+    end = 0
+    for line in journal:
+        try:
+            index, *values = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        entries[index] = _Entry(*values)
+        end += len(line)
+    journal.truncate(end)
+    return entries
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """A file open to be read and appended to, by one process at a time."""
+    import fcntl  # not on Windows, where prepared folders can be read
+
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path.parent} is being prepared by another process: wait for it"
+            ) from None
+        yield file
+
+
+def _reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Make the file of squares, on disk space that nothing else can take from then on."""
+    needed, free = math.prod(shape) + shape[0] * LINE_BYTES, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"{path.parent}: {shape[0]} images of {shape[1]} x {shape[2]} pixels take "
+            f"{needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free: choose another disk, or a "
+            "smaller size"
+        )
+    try:
+        with path.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + math.prod(shape)
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _shape(count: int, side: int) -> tuple[int, ...]:
+    return count, side, side, 3
+
+
+def _parquet(table: Any) -> bytes:
+    # Into Arrow's memory: its threads abort a process that ends while they hold a Python file.
+    sink = _pyarrow().BufferOutputStream()
+    _pyarrow().parquet.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one step; an interruption leaves a .part that the next attempt replaces."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(content)
+        _sync(file)
+    part.replace(path)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _size_and_time(path: str | bytes | Path) -> tuple[int | None, int | None]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None, None
+    return found.st_size, found.st_mtime_ns
+
+
+def _sha256(path: str | bytes | Path) -> str | None:
+    """Of a file's content; None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(console=console, transient=True, disable=console is None)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            "prepared images need pyarrow, which is not installed: pip install 'abe[prepare]'"
+        ) from None
+    return pyarrow

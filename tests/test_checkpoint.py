@@ -1,0 +1,382 @@
+"""Checkpoints: what is saved comes back, and what was changed, cut or forged is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from abe.checkpoint import (
+    Best,
+    Checkpoint,
+    checkpoints,
+    load_latest,
+    load_selected,
+    optimizer_tensors,
+    remove_superseded,
+    restore_optimizer,
+    save_checkpoint,
+)
+from abe.config import Config, ModelConfig
+from abe.data.transforms import Preprocessing
+from abe.errors import InputError
+from abe.start import build_model
+
+CONFIG = Config(
+    seed=3,
+    model=ModelConfig(network="m-heads", num_learners=1, embedding_dim=8, weights=None),
+)
+PREPROCESSING = Preprocessing(channels="RGB", mean=(1.5, 2, 3), scale=(0.1, 0.2, 0.3), resize=300)
+ORIGIN = {"source": "start.safetensors", "sha256": "0" * 64}
+MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(7)}
+TRAINING = {"optimizer.0.momentum_buffer": torch.ones(2, 3), "torch_rng": torch.get_rng_state()}
+FILES = ("model.safetensors", "training.safetensors", "meta.json")
+
+
+def save(run: Path, step: int = 12, best: Best | None = None, **changes: Any) -> Path:
+    parts: dict[str, Any] = {
+        "config": CONFIG,
+        "preprocessing": PREPROCESSING,
+        "weights": ORIGIN,
+        "model": MODEL,
+        "training": TRAINING,
+    }
+    return save_checkpoint(run / "checkpoints", step=step, best=best, **(parts | changes))
+
+
+def flip(path: Path, offset: int) -> None:
+    """Turn one bit."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
+
+
+# --- Round trip --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [None, Best(step=8, recall_at_1=1.0), Best(0, 0.1)])
+def test_round_trip(best: Best | None, tmp_path: Path) -> None:
+    path = save(tmp_path, best=best)
+    assert path == tmp_path / "checkpoints" / "step-00000012"
+    assert sorted(os.listdir(path)) == sorted(FILES)
+    found = Checkpoint.load(path)
+    assert found.path == path
+    assert found.step == 12
+    assert found.config == CONFIG
+    assert found.preprocessing == PREPROCESSING
+    assert found.weights == ORIGIN
+    assert found.best == best
+    for saved, loaded in ((MODEL, found.model), (TRAINING, found.training)):
+        assert saved.keys() == loaded.keys()
+        for key, value in saved.items():
+            assert torch.equal(loaded[key], value)
+            assert loaded[key].dtype == value.dtype
+
+
+def test_a_random_start_has_no_origin(tmp_path: Path) -> None:
+    assert Checkpoint.load(save(tmp_path, weights=None)).weights is None
+
+
+def test_the_network_comes_back(tmp_path: Path) -> None:
+    model = build_model(CONFIG).eval()
+    path = save(tmp_path, model=model.state_dict())
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, 64, 64)
+    found = Checkpoint.load(path).build_model()
+    assert not found.training
+    with torch.inference_mode():
+        assert torch.equal(found(images), model(images))
+
+
+def test_weights_of_another_network_than_the_configuration_says(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the weights are of another network"):
+        Checkpoint.load(save(tmp_path)).build_model()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizer_goes_on(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
+    def parameters() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.full((2,), 2.0))]
+
+    def make(values: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return kind([{"params": [v], "lr": 0.1} for v in values], **settings)
+
+    def step(optimizer: torch.optim.Optimizer, values: list[torch.nn.Parameter]) -> None:
+        optimizer.zero_grad()
+        sum((value**3).sum() for value in values).backward()
+        optimizer.step()
+
+    ours, others = parameters(), parameters()
+    optimizer, other = make(ours), make(others)
+    step(optimizer, ours)
+    training = Checkpoint.load(save(tmp_path, training=optimizer_tensors(optimizer))).training
+    for value, theirs in zip(ours, others, strict=True):
+        theirs.data.copy_(value.data)
+    restore_optimizer(other, training)
+    for _ in range(3):
+        step(optimizer, ours)
+        step(other, others)
+    for value, theirs in zip(ours, others, strict=True):
+        assert torch.equal(value, theirs)
+
+
+# --- Damage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_a_flipped_bit_is_refused(name: str, place: float, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    size = (path / name).stat().st_size
+    flip(path / name, round(place * (size - 1)))
+    with pytest.raises(InputError, match=f"{name} was changed or cut since it was written: use"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("part", ["format", "step", "config", "preprocessing", "sha256"])
+def test_a_flipped_bit_in_a_name_of_meta_json_is_refused(part: str, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    flip(path / "meta.json", (path / "meta.json").read_bytes().rindex(b'"%s"' % part.encode()) + 1)
+    with pytest.raises(InputError, match=rf"meta\.json is damaged .* \({part}: Field required"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_was_cut_is_refused(name: str, share: float, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    os.truncate(path / name, int(share * (path / name).stat().st_size))
+    with pytest.raises(InputError, match=f"{name} (was changed or cut|is damaged)"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (path / name).unlink()
+    with pytest.raises(InputError, match=f"{name} (is missing|cannot be read)"):
+        Checkpoint.load(path)
+    (path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} cannot be read"):
+        Checkpoint.load(path)
+
+
+def test_a_file_with_the_right_hash_that_is_no_safetensors(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (path / "model.safetensors").write_bytes(b"no tensors")
+    forge(path, sha256={"model.safetensors": hashlib.sha256(b"no tensors").hexdigest()})
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        Checkpoint.load(path)
+
+
+def forge(path: Path, **changes: Any) -> None:
+    """Change meta.json; a dictionary changes a part of one."""
+    meta = json.loads((path / "meta.json").read_text())
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(meta[key], dict):
+            meta[key] |= value
+        else:
+            meta[key] = value
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 2},
+        {"format": None},
+        {"format": "1"},
+        {"step": -1},
+        {"step": "12"},
+        {"step": 1.5},
+        {"step": True},
+        {"config": []},
+        {"config": {"seed": "x"}},
+        {"config": {"model": 5}},
+        {"config": {"unknown": 1}},
+        {"config": {"data": {"crop": 9}}},
+        {"preprocessing": None},
+        {"preprocessing": {"mean": [1, 2]}},
+        {"preprocessing": {"mean": [1, 2, float("nan")]}},
+        {"preprocessing": {"crop": 10**9}},
+        {"preprocessing": {"unknown": 1}},
+        {"weights": []},
+        {"weights": {"source": 5}},
+        {"best": {"step": 1}},
+        {"best": {"step": 1, "recall_at_1": "high"}},
+        {"best": 5},
+        {"sha256": None},
+        {"sha256": {"model.safetensors": 5}},
+        {"sha256": {"model.safetensors": ""}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_meta_json_that_says_what_it_cannot(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = save(tmp_path, best=None)
+    forge(path, **changes)
+    with pytest.raises(InputError) as error:
+        Checkpoint.load(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"5", b"null", b"{}", b"\xff\xfe", b"[" * 1_000_000, b"9" * 1_000_000],
+)
+def test_meta_json_that_is_none(content: bytes, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (path / "meta.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"meta\.json is damaged or of another version"):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize("key", ["format", "step", "config", "preprocessing", "sha256"])
+def test_meta_json_without_a_part(key: str, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    meta = json.loads((path / "meta.json").read_text())
+    del meta[key]
+    (path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=rf"meta\.json is damaged .* \({key}: "):
+        Checkpoint.load(path)
+
+
+def test_a_symbolic_link_is_no_way_out(tmp_path: Path) -> None:
+    """Nothing but the three files of the folder is read, whatever sha256 lists."""
+    path = save(tmp_path)
+    forge(path, sha256={"../../secret": "0" * 64})
+    assert Checkpoint.load(path).model.keys() == MODEL.keys()
+
+
+# --- Writing -----------------------------------------------------------------------------------
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, step=1)
+
+    def stop(tensors: object, path: Path) -> None:
+        if path.name == "training.safetensors":
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save_file(tensors, path)
+
+    monkeypatch.setattr("abe.checkpoint.save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, step=2)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1]
+    assert load_latest(tmp_path).step == 1
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert len(left) == 2
+    save(tmp_path, step=3)  # takes the half one's place
+    assert steps(tmp_path) == [1, 3]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, model={"weight": torch.zeros(2)})
+    path = save(tmp_path, model={"weight": torch.ones(2)})
+    assert steps(tmp_path) == [12]
+    assert Checkpoint.load(path).model["weight"].tolist() == [1, 1]
+
+
+def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    save(tmp_path, step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # bytes a file may have
+    try:
+        with pytest.raises(
+            InputError, match=r"model\.safetensors cannot be written \(.*\): make room for it"
+        ):
+            save(tmp_path, step=2, model={"large": torch.zeros(10_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(tmp_path) == [1]
+    assert load_latest(tmp_path).step == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(OSError, match="checkpoints"):
+        save(tmp_path)
+
+
+# --- Which checkpoint --------------------------------------------------------------------------
+
+
+def test_only_the_best_and_the_two_latest_are_kept(tmp_path: Path) -> None:
+    for step in (0, 5, 10, 15, 20):
+        save(tmp_path, step)
+    remove_superseded(tmp_path, keep=Best(5, 0.5))
+    assert steps(tmp_path) == [5, 15, 20]
+    remove_superseded(tmp_path, keep=Best(20, 0.5))
+    assert steps(tmp_path) == [15, 20]
+    remove_superseded(tmp_path, keep=None)
+    assert steps(tmp_path) == [15, 20]
+
+
+def test_latest_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert load_latest(tmp_path).step == 3
+    flip(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors", 100)
+    with pytest.warns(UserWarning, match=r"step-00000003/.* was changed .*; taking the checkpoint"):
+        assert load_latest(tmp_path).step == 2
+    (tmp_path / "checkpoints" / "step-00000002" / "meta.json").unlink()
+    with pytest.warns(UserWarning, match="taking the checkpoint before it") as warned:
+        assert load_latest(tmp_path).step == 1
+    assert len(warned) == 2
+
+
+def test_no_checkpoint_is_whole(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip(save(tmp_path, step) / "training.safetensors", 50)
+    with (
+        pytest.warns(UserWarning, match="step-00000002"),
+        pytest.raises(InputError, match=r"step-00000001/training\.safetensors was changed or cut"),
+    ):
+        load_latest(tmp_path)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    for load in (load_latest, load_selected):
+        with pytest.raises(InputError, match="gone is not a folder: give the folder of a run"):
+            load(tmp_path / "gone")
+        with pytest.raises(InputError, match="has no checkpoints: give the folder of a run"):
+            load(tmp_path)
+
+
+def test_selected_is_the_best_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
+    save(tmp_path, 1, best=Best(1, 0.5))
+    save(tmp_path, 2, best=Best(1, 0.5))
+    assert load_selected(tmp_path).step == 1
+    assert load_selected(tmp_path / "checkpoints" / "step-00000002").step == 2
+    save(tmp_path, 3, best=Best(3, 0.7))
+    assert load_selected(tmp_path).step == 3
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000001", moved)
+    assert load_selected(moved).step == 1
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_in_silence(tmp_path: Path) -> None:
+    save(tmp_path, 2, best=Best(1, 0.5))
+    with pytest.raises(InputError, match="step-00000001 is no checkpoint"):
+        load_selected(tmp_path)
+
+
+def test_the_weights_alone_are_plain_safetensors(tmp_path: Path) -> None:
+    assert load_file(save(tmp_path) / "model.safetensors").keys() == MODEL.keys()

@@ -1,0 +1,71 @@
+"""`abe demo`, at a size that a test can afford."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from abe.demo import run_demo
+from abe.recipes import demo
+from abe.train import Trainer
+
+SILENT = Console(quiet=True)
+
+
+TINY = demo().with_overrides(
+    [
+        "device=cpu",
+        "precision=fp32",
+        "model.embedding_dim=16",
+        "data.resize=48",
+        "data.crop=40",
+        "data.synthetic_classes=16",
+        "data.synthetic_images=4",
+        "data.val_classes=0.25",
+        "train.steps=2",
+        "train.eval_every=1",
+        "train.batch_size=8",
+    ]
+)
+
+
+@pytest.mark.slow
+def test_demo_compares_four_methods_and_is_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, page = run_demo(TINY, tmp_path, SILENT)
+    assert [record["method"] for record in records] == [
+        "raw pixels",
+        "pretrained start",
+        "1-head^16",
+        "ABE-4^16",
+    ]
+    assert page == tmp_path / "report.html"
+    text = page.read_text(encoding="utf-8")
+    for record in records:
+        assert f"{100 * record['scores']['ensemble']['recall@1']:.1f}" in text
+
+    def never(trainer: Trainer) -> None:
+        pytest.fail("a finished demo trained again")
+
+    monkeypatch.setattr(Trainer, "fit", never)
+    again, _ = run_demo(TINY, tmp_path, SILENT)
+    assert again == records
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda trainer: None)  # as a signal leaves it
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(TINY, tmp_path, SILENT)
+    resumed = []
+    resume = Trainer.resume.__func__
+    monkeypatch.setattr(
+        Trainer, "resume", classmethod(lambda *a: resumed.append(a[1].name) or resume(*a))
+    )
+    records, _ = run_demo(TINY, tmp_path, SILENT)
+    assert len(records) == 4
+    assert resumed == ["1-head"]

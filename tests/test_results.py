@@ -1,0 +1,260 @@
+"""Records of results, and the tables that derive from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from abe.checkpoint import Best
+from abe.config import Config
+from abe.errors import InputError
+from abe.results import (
+    append_record,
+    markdown_table,
+    method_name,
+    replace_between,
+    result_record,
+    scores_table,
+    summarize,
+    write_result,
+)
+from abe.runtime import read_json_lines
+
+DATA = {
+    "name": "birds",
+    "skipped": 0,
+    "train_images": 800,
+    "train_classes": 80,
+    "select_images": 200,
+    "select_classes": 20,
+    "test_images": 1234,
+    "test_classes": 100,
+}
+
+
+def scores(recall: float, learners: tuple[float, ...] = (0.2, 0.4), cosine: float = 0.5) -> Any:
+    metrics = {f"recall@{k}": min(1.0, recall * k) for k in (1, 2, 4, 8)}
+    return {
+        "ensemble": metrics | {"map@r": recall / 2, "r_precision": 0.1, "nmi": 0.2},
+        "learners": [{"recall@1": value} for value in learners],
+        "similarity": {"positive": 0.9, "negative": 0.1, "self": cosine},
+    }
+
+
+def record(
+    *overrides: str, selection: float | None = 0.3, method: str | None = None, **of_scores: Any
+) -> dict[str, Any]:
+    return result_record(
+        Config().with_overrides(["model.num_learners=2", *overrides]),
+        scores=scores(**({"recall": 0.1} | of_scores)),
+        best=None if selection is None else Best(40, selection),
+        data=DATA,
+        weights=None,
+        environment={},
+        method=method,
+    )
+
+
+# --- Records -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["model.num_learners=8"], "ABE-8^512"),
+        (["model.num_learners=1", "model.embedding_dim=64"], "ABE-1^64"),
+        (["model.network=m-heads", "model.num_learners=1"], "1-head^512"),
+        (["model.network=m-heads", "model.num_learners=4"], "4-heads^512"),
+        (["model.network=m-heads+att"], "8-heads+att^512"),
+        (["model.network=m-tails"], "8-tails^512"),
+        (["train.divergence_weight=0"], "ABE-8^512 without divergence"),
+        (["train.divergence_weight=0", "model.num_learners=1"], "ABE-1^512"),
+        (["train.divergence_weight=0", "model.network=m-heads"], "8-heads^512"),
+    ],
+)
+def test_methods_are_called_as_in_the_paper(overrides: list[str], name: str) -> None:
+    assert method_name(Config().with_overrides(overrides)) == name
+
+
+def test_a_record_says_what_was_run() -> None:
+    found = record("seed=3", "protocol=paper", "device=cpu", "data.source=/here/birds")
+    assert found["method"] == "ABE-2^512"
+    assert (found["seed"], found["protocol"]) == (3, "paper")
+    assert (found["selected_step"], found["selection_recall@1"]) == (40, 0.3)
+    assert found["data"] == DATA
+    assert found["config"]["data"]["source"] == "birds"
+    assert "device" not in found["config"]
+    assert len(found["config_digest"]) == 12
+    assert json.loads(json.dumps(found)) == found
+    baseline = record(selection=None, method="raw pixels")
+    assert (baseline["method"], baseline["selected_step"]) == ("raw pixels", None)
+
+
+def test_records_round_trip(tmp_path: Path) -> None:
+    records = [record(), record("seed=1")]
+    for each in records:
+        append_record(tmp_path / "runs" / "runs.jsonl", each)
+    assert read_json_lines(tmp_path / "runs" / "runs.jsonl") == records
+
+
+def test_a_result_is_left_in_its_folder(tmp_path: Path) -> None:
+    embeddings = torch.randn(5, 2, 3)
+    write_result(tmp_path / "run", record(), embeddings)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == "ABE-2^512"
+    saved = load_file(tmp_path / "run" / "embeddings.safetensors")
+    assert torch.equal(saved["embeddings"], embeddings)
+
+
+# --- Averages ----------------------------------------------------------------------------------
+
+
+def test_mean_and_standard_deviation_over_seeds() -> None:
+    (found,) = summarize(
+        [
+            record("seed=2", recall=0.40, learners=(0.1, 0.3), cosine=0.6),
+            record("seed=0", recall=0.10, learners=(0.2, 0.4), cosine=0.2),
+            record("seed=1", recall=0.25, learners=(0.3, 0.5), cosine=0.1),
+        ]
+    )
+    assert found.seeds == 3
+    assert found.record["seed"] == 0
+    assert found.scores["recall@1"] == pytest.approx((0.40 + 0.10 + 0.25) / 3)
+    assert found.spread["recall@1"] == pytest.approx(0.15)  # sqrt((.15^2 + .15^2 + 0) / 2)
+    assert found.scores["learner recall@1"] == pytest.approx((0.2 + 0.3 + 0.4) / 3)
+    assert found.spread["learner recall@1"] == pytest.approx(0.1)
+    assert found.scores["learner cosine"] == pytest.approx(0.3)
+    assert found.spread["learner cosine"] == pytest.approx(statistics.stdev((0.6, 0.2, 0.1)))
+
+
+def test_one_seed_has_no_spread_and_one_learner_no_learners() -> None:
+    (found,) = summarize([record(learners=(0.1,))])
+    assert found.spread["recall@1"] == 0
+    assert not {"learner recall@1", "learner cosine"} & found.scores.keys()
+
+
+def test_the_rate_is_picked_by_the_selection_recall_of_the_smallest_seed() -> None:
+    """Not by the test score, nor by seeds that only one of the rates was run with."""
+    (found,) = summarize(
+        [
+            record("train.lr=0.1", "seed=0", selection=0.50, recall=0.10),
+            record("train.lr=0.1", "seed=1", selection=0.01, recall=0.20),
+            record("train.lr=0.2", "seed=0", selection=0.49, recall=0.90),
+            record("train.lr=0.2", "seed=1", selection=0.99, recall=0.90),
+            record("train.lr=0.3", "seed=0", selection=0.10, recall=0.90),
+        ]
+    )
+    assert found.rates == (0.1, 0.2, 0.3)
+    assert found.record["config"]["train"]["lr"] == 0.1
+    assert found.seeds == 2
+    assert found.scores["recall@1"] == pytest.approx(0.15)
+
+
+def test_what_differs_in_more_than_seed_and_rate_is_not_averaged() -> None:
+    other_data = record()
+    other_data["data"] = DATA | {"name": "cars"}
+    records = [
+        record(),
+        record("train.steps=5"),
+        record("protocol=paper"),
+        record("model.weights=none"),
+        record("train.divergence_weight=0"),
+        record(selection=None, method="raw pixels"),
+        other_data,
+    ]
+    assert [found.record for found in summarize(records)] == records
+
+
+def test_summarize_leaves_the_records_alone() -> None:
+    records = [record("seed=1"), record("seed=0")]
+    before = copy.deepcopy(records)
+    summarize(records)
+    assert records == before
+
+
+# --- Tables ------------------------------------------------------------------------------------
+
+
+def test_markdown_table() -> None:
+    cars = record(recall=0.05)
+    cars["data"] = DATA | {"name": "cars"}
+    pixels = record(selection=None, method="raw pixels", recall=0.02, learners=(0.02,))
+    text = markdown_table(
+        summarize(
+            [
+                pixels,
+                record("seed=0", "train.normalization=balanced", recall=0.1, cosine=0.25),
+                record("seed=1", "train.normalization=balanced", recall=0.2, cosine=0.35),
+                record("train.metric_loss=TripletMarginLoss()", recall=0.08),
+                cars,
+            ]
+        )
+    )
+    birds, cars_table = text.split("\n\n**")
+    title, _, heading, rule, *rows = birds.splitlines()
+    assert title == (
+        "**birds**: 1,234 test images of 100 classes not seen in training, 80 classes to learn "
+        "from, 20 to choose by (protocol `val`), 1000 steps of 64 images at 224 px."
+    )
+    columns = (
+        "method | loss | rate, of | seeds | R@1 | R@2 | R@4 | R@8 | a learner's R@1 | "
+        "learners' cosine"
+    )
+    assert heading == f"| {columns} |"
+    assert rule.count("|") == heading.count("|")
+    assert rows == [
+        "| raw pixels |  |  | 1 | 2.0 | 4.0 | 8.0 | 16.0 |  |  |",
+        "| ABE-2^512 | Eq. 10, balanced | 0.001, 1 | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | "
+        "60.0 ± 28.3 | 90.0 ± 14.1 | 30.0 ± 0.0 | 0.30 |",
+        "| ABE-2^512 | TripletMarginLoss() | 0.001, 1 | 1 | 8.0 | 16.0 | 32.0 | 64.0 | 30.0 "
+        "| 0.50 |",
+    ]
+    assert cars_table.startswith("cars**: ")
+    assert cars_table.endswith(
+        "| ABE-2^512 | Eq. 10 | 0.001, 1 | 1 | 5.0 | 10.0 | 20.0 | 40.0 | 30.0 | 0.50 |"
+    )
+
+
+def test_scores_table_shows_what_it_was_given() -> None:
+    """Names of data are shown as they are: brackets are no markup."""
+    found = record(recall=0.123)
+    found["data"] = DATA | {"name": "[red]birds"}
+    console = Console(width=120, markup=False)
+    with console.capture() as captured:
+        console.print(scores_table([found, record(method="raw pixels", selection=None)]))
+    shown = captured.get()
+    for part in ("ABE-2^512", "12.3", "20.0-40.0", "0.50", "raw pixels", "[red]birds: 1,234 test"):
+        assert part in shown
+
+
+# --- A page with a table -----------------------------------------------------------------------
+
+PAGE = "# Title\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest\n"
+
+
+def test_replace_between_changes_nothing_else() -> None:
+    renewed = "# Title\n<!-- results:begin -->\n\nnew\n\n<!-- results:end -->\nrest\n"
+    assert replace_between(PAGE, "results", "new") == renewed
+    assert replace_between(renewed, "results", "new") == renewed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        PAGE.replace("begin", "start"),
+        PAGE.replace("end", "stop"),
+        "<!-- results:end --> <!-- results:begin -->",
+        PAGE.replace("results", "scores"),
+    ],
+)
+def test_a_page_without_the_comments(text: str) -> None:
+    with pytest.raises(InputError, match=r"no <!-- results:begin --> \.\.\. <!-- results:end -->"):
+        replace_between(text, "results", "new")

@@ -1,0 +1,234 @@
+"""Devices, precision, files that are whole or not there, and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from abe import runtime
+from abe.errors import InputError
+from abe.runtime import (
+    StopSignal,
+    append_json_line,
+    autocast,
+    choose_device,
+    choose_precision,
+    environment,
+    read_json_lines,
+    write_json,
+)
+
+CPU = torch.device("cpu")
+
+# --- Device and precision ----------------------------------------------------------------------
+
+
+def test_cpu_can_always_be_chosen() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device().type in {"cpu", "cuda", "mps"}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_takes_a_gpu_where_there_is_one(
+    cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto").type == expected
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "xla", "", "cpu:", "cpu:x", "cpu0", "CPU"])
+def test_unknown_device(name: str) -> None:
+    with pytest.raises(InputError, match=f"^device={name} .*: use auto"):
+        choose_device(name)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match=f"^device={name}: PyTorch finds no CUDA GPU here"):
+            choose_device(name)
+
+
+@pytest.mark.gpu
+def test_a_second_gpu_that_is_not_there() -> None:
+    with pytest.raises(InputError, match=r"^device=cuda:99 cannot be used"):
+        choose_device("cuda:99")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+def test_an_apple_gpu_that_is_not_there() -> None:
+    with pytest.raises(InputError, match=r"^device=mps cannot be used \(.*\): use auto or cpu"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, "fp32"),
+        ({"avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+    ],
+)
+def test_auto_precision_is_what_the_cpu_multiplies(
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_precision("auto", CPU) == expected
+    assert choose_precision("fp32", CPU) == "fp32"
+    assert choose_precision("bf16", CPU) == "bf16"
+
+
+def test_auto_precision_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert choose_precision("auto", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert choose_precision("auto", torch.device("cuda")) == "fp32"
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_autocast_multiplies_in_the_precision() -> None:
+    matrix = torch.ones(2, 2)
+    with autocast(CPU, "bf16"):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+    with autocast(CPU, "fp32"):
+        assert (matrix @ matrix).dtype == torch.float32
+
+
+def test_environment_says_what_a_result_came_from() -> None:
+    found = environment(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["gpu"] is None
+    assert found["cpu"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "src" / "abe" / "runtime.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("one\n")
+    monkeypatch.setattr(runtime, "__file__", str(module))
+    assert environment(CPU)["commit"] is None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    commit = environment(CPU)["commit"]
+    assert commit == git("rev-parse", "--short=12", "HEAD").strip()
+    module.write_text("two\n")
+    assert environment(CPU)["commit"] == f"{commit}+"
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def test_write_json_replaces_a_file_or_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"name": "Zaunkönig \u2028 \udce9", "value": [1, None, 0.1]})
+    before = path.read_text(encoding="utf-8")
+    assert json.loads(before) == {"name": "Zaunkönig \u2028 \udce9", "value": [1, None, 0.1]}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"value": [1] * 100_000, "no JSON": object()})
+    assert path.read_text(encoding="utf-8") == before
+    write_json(path, 2)
+    assert json.loads(path.read_text(encoding="utf-8")) == 2
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_write_json_is_whole_when_the_machine_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new contents are on the disk before they take the old one's name."""
+    path = tmp_path / "value.json"
+    write_json(path, "old")
+    flushed: list[int] = []
+    replace = Path.replace
+
+    def stop(self: Path, target: Path) -> Path:
+        assert flushed
+        assert json.loads(path.read_text()) == "old"
+        assert json.loads(self.read_text()) == "new"
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    monkeypatch.setattr(Path, "replace", stop)
+    write_json(path, "new")
+    assert json.loads(path.read_text()) == "new"
+
+
+def test_json_lines_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "runs.jsonl"
+    values = [{"name": "a"}, {"name": "line\nbreak \u2028 \x85 \udce9"}, {"nested": {"b": [1]}}]
+    for value in values:
+        append_json_line(path, value)
+    assert read_json_lines(path) == values
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_json_lines_of_an_empty_file_and_without_a_last_newline(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.touch()
+    assert read_json_lines(path) == []
+    path.write_bytes(b'{"a": 1}\r\n{"b": 2}')
+    assert read_json_lines(path) == [{"a": 1}, {"b": 2}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[1]", "1", "null", "", '{"a": 1} {"b": 2}', '{"half": "a li', "[" * 100_000, "9" * 5000],
+)
+def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+    with pytest.raises(InputError) as error:
+        read_json_lines(path)
+    begin = f"{path}, line 2 is no JSON object: correct or remove it. It begins with "
+    assert str(error.value) == f"{begin}{line[:40]!r}"
+
+
+def test_json_lines_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.jsonl cannot be read: No such file or directory"):
+        read_json_lines(tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_json_lines(tmp_path)
+    path = tmp_path / "image.jsonl"
+    path.write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(InputError, match=r"image\.jsonl is not in UTF-8"):
+        read_json_lines(path)
+
+
+# --- Signals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_second_stops_at_once(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with StopSignal().listening() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received == number.name
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_the_old_handlers_are_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopSignal().listening():
+        1 / 0  # noqa: B018
+    assert signal.getsignal(signal.SIGTERM) == before
