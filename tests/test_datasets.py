@@ -427,8 +427,7 @@ def test_a_long_list_is_cut_and_the_error_has_all(birds):
 def test_a_class_that_had_one_image_from_the_start(birds):
     """As benchmarks have them: such a class is not why the others have to be repaired."""
     paint(birds / "owl" / "1.png")
-    [broken] = damage(birds / "..", 1)[:1]
-    broken.rename(birds / "wren" / "3.png")
+    (birds / "wren" / "3.png").write_bytes(b"")
     images = image_folder(birds)
     assert len(check_images(images, skip_broken=True)) == len(images) - 1
 

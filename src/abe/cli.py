@@ -34,7 +34,9 @@ app = typer.Typer(
 # Paths are printed as they are: neither wrapped, nor read as markup, nor coloured.
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
 data_app = typer.Typer(
-    name="data", help="Check, fetch and list the benchmarks.", no_args_is_help=True
+    name="data",
+    help="Check, fetch and list the benchmarks; prepare images for training.",
+    no_args_is_help=True,
 )
 app.add_typer(data_app)
 out = Console(**_PLAIN)
@@ -360,6 +362,63 @@ def list_benchmarks() -> None:
     from abe.data.benchmarks import benchmarks_table
 
     out.print(benchmarks_table())
+
+
+@data_app.command("prepare")
+def prepare_data(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Folder, CSV file, or with --root a benchmark's name: as `train`."
+        ),
+    ],
+    root: Root = None,
+    size: Annotated[
+        int, typer.Option(metavar="PIXELS", min=8, help="Side of the squares: data.resize.")
+    ] = 256,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder to make. Default: <DATA>-<PIXELS>."),
+    ] = None,
+    skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
+) -> None:
+    """Decode images once, into a folder that `abe train FOLDER` reads in their place.
+
+    An interrupted preparation goes on where it was when the same command is given again.
+    """
+    from abe.config import DataConfig
+    from abe.data.datasets import ImageFiles
+    from abe.data.prepare import prepare
+    from abe.data.splits import open_source
+
+    settings = {"root": root, "allow_partial": allow_partial, "resize": size, "crop": size}
+    source = open_source(DataConfig(source=data, **settings))
+    if not isinstance(source.images, ImageFiles):
+        raise InputError(f"{data} has no files to decode: train on it as it is")
+    folder = folder or Path(f"{data if root else source.images.name}-{size}")
+    images, _, _, _, skipped = prepare(
+        source.images,
+        folder,
+        source=root or data,
+        split=source.split,
+        ks=source.ks,
+        stamps=source.stamps,
+        side=size,
+        skip_broken=skip_broken,
+        console=err,
+    )
+    out.print(f"{folder}: {len(images):,} images" + f", {skipped:,} left out" * bool(skipped))
+
+
+@data_app.command("verify")
+def verify_data(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared folder.")],
+) -> None:
+    """Compare all images of a prepared folder, and their files, with their checksums."""
+    from abe.data.prepare import verify
+
+    out.print(f"{folder}: {len(verify(folder, err).images):,} images as they were prepared")
 
 
 def _beside(run: Path) -> Path:

@@ -59,8 +59,9 @@ def embed(
     """
     embeddings: list[Tensor] = []
     done = 0
-    for batch in evaluation_batches(images, preprocessing, batch_size, workers):
-        pixels = preprocessing.normalize(batch.images.to(device))
+    pin_memory = device.type == "cuda"
+    for batch in evaluation_batches(images, preprocessing, batch_size, workers, pin_memory):
+        pixels = preprocessing.normalize(batch.images.to(device, non_blocking=True))
         with autocast(device, precision):
             embeddings.append(embedder(pixels).float().cpu())
         done += len(batch.labels)

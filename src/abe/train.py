@@ -127,6 +127,7 @@ class Trainer:
                 start_step=self.step,
                 stop_step=self.config.train.steps,
                 workers=self.config.data.workers,
+                pin_memory=self.device.type == "cuda",
             ):
                 self.train_step(batch)
                 advance(self.step)

@@ -287,16 +287,19 @@ def _are_there(folder: Path, paths: Sequence[str]) -> np.ndarray:
 
 
 def _file_names(inside: Path, parent: PurePosixPath) -> set[str]:
-    directory = (inside / parent).resolve()
-    if not directory.is_relative_to(inside) or not directory.is_dir():
+    try:
+        directory = (inside / parent).resolve()
+        if not directory.is_relative_to(inside):
+            return set()
+        with os.scandir(directory) as entries:
+            return {
+                entry.name
+                for entry in entries
+                if entry.is_file()
+                and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(inside))
+            }
+    except (OSError, ValueError):  # no such directory, or no name that one could have
         return set()
-    with os.scandir(directory) as entries:
-        return {
-            entry.name
-            for entry in entries
-            if entry.is_file()
-            and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(inside))
-        }
 
 
 def _counts(benchmark: Benchmark, labels: np.ndarray, split: np.ndarray) -> dict[str, Count]:
@@ -327,7 +330,7 @@ def _shared(listing: Listing) -> list[str]:
 
 
 def _shrunk(images: ImageFiles) -> list[str]:
-    """Whether most images of a sample are too small for their boxes."""
+    """A fault if most images of a sample are too small for their boxes."""
     if not images.boxes:
         return []
     sample = np.linspace(0, len(images) - 1, min(PROBED, len(images))).astype(int)

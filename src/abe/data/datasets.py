@@ -60,6 +60,20 @@ class LabelledImages(Protocol):
 Images = TypeVar("Images", bound=LabelledImages)
 
 
+class Source(NamedTuple):
+    """What `data.source` names."""
+
+    images: LabelledImages
+    split: np.ndarray | None = None
+    """(N,), the part that each image is in: "train" or "test", or "train", "query" or "gallery"."""
+    ks: Sequence[int] | None = None
+    """The K of Recall@K; None for the usual."""
+    stamps: Sequence[str] = ()
+    """What every result has to say of the data."""
+    skipped: int = 0
+    """How many files were left out before because they cannot be read."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
     """Image files with labels; satisfies `LabelledImages`.

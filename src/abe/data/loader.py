@@ -70,7 +70,7 @@ def training_batches(
     Raises:
         InputError: an image cannot be read.
     """
-    batches = _Batches(images, sampler, preprocessing, seed)
+    batches = _Batches(images.labels, _padded(images), sampler, preprocessing, seed)
     return _load(batches, range(start_step, stop_step), workers, pin_memory)
 
 
@@ -86,7 +86,8 @@ def evaluation_batches(
     Raises:
         InputError: an image cannot be read.
     """
-    batches = _Batches(images, _InOrder(len(images), batch_size), preprocessing)
+    sampler = _InOrder(len(images), batch_size)
+    batches = _Batches(images.labels, _padded(images), sampler, preprocessing)
     return _load(batches, range(-(-len(images) // batch_size)), workers, pin_memory)
 
 
@@ -129,7 +130,7 @@ class CachedImages:
         """The square in memory, or one made of the image if another side is wanted."""
         if side == self.squares.shape[1]:
             return self.squares[self.rows[index]]
-        return _square(self.source, index, side)
+        return _padded(self.source).square(index, side)
 
     def describe(self, index: int) -> str:
         """As the source's."""
@@ -165,8 +166,10 @@ def cache_decoded(
             f"{np.prod(shape, dtype=float) / 1e9:.0f} GB of memory: set data.cache=false"
         ) from None
 
+    source = _padded(images)
+
     def read(index: int) -> None:
-        squares[index] = _square(images, index, side)
+        squares[index] = source.square(index, side)
 
     kept = check_images(images, skip_broken, read=read, on_progress=on_progress)
     return CachedImages(images.select(kept), squares, kept)
@@ -192,25 +195,29 @@ class _Batches(Dataset["Batch | InputError"]):
     whose message is a traceback.
     """
 
-    images: LabelledImages
+    labels: np.ndarray
+    squares: PaddedSquares
     sampler: BatchSampler
     preprocessing: Preprocessing
     seed: int | None = None
 
     def __getitem__(self, step: int) -> Batch | InputError:
         indices = self.sampler.batch(step)
+        crop = self.preprocessing.crop
+        images = np.empty((len(indices), crop, crop, 3), np.uint8)
         try:
-            crops = [self._crop(int(index), step, place) for place, index in enumerate(indices)]
+            for place, index in enumerate(indices):
+                images[place] = self._crop(int(index), step, place)
         except InputError as error:
             return error
         return Batch(
-            torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2),
-            torch.from_numpy(self.images.labels[indices]),
+            torch.from_numpy(images).permute(0, 3, 1, 2),
+            torch.from_numpy(self.labels[indices]),
             torch.from_numpy(indices),
         )
 
     def _crop(self, index: int, step: int, place: int) -> np.ndarray:
-        square = _square(self.images, index, self.preprocessing.resize)
+        square = self.squares.square(index, self.preprocessing.resize)
         if self.seed is None:
             return center_crop(square, self.preprocessing.crop)
         # A spawn key, where a longer seed might repeat the sampler's numbers: zeros at its end
@@ -220,11 +227,18 @@ class _Batches(Dataset["Batch | InputError"]):
         return random_crop_and_flip(square, self.preprocessing.crop, rng)
 
 
-def _square(images: LabelledImages, index: int, side: int) -> np.ndarray:
-    """The image padded to a square; -> uint8 (side, side, 3)."""
-    if isinstance(images, PaddedSquares):
-        return images.square(index, side)
-    return pad_to_square(images.load(index), side)
+@dataclass(frozen=True, eq=False)
+class _Padding:
+    """The squares of images that are padded when they are asked for."""
+
+    images: LabelledImages
+
+    def square(self, index: int, side: int) -> np.ndarray:
+        return pad_to_square(self.images.load(index), side)
+
+
+def _padded(images: LabelledImages) -> PaddedSquares:
+    return images if isinstance(images, PaddedSquares) else _Padding(images)
 
 
 def _load(batches: _Batches, steps: range, workers: int, pin_memory: bool) -> Iterator[Batch]:

@@ -31,7 +31,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from abe.data.datasets import EDGES, ImageFiles, check_images
+from abe.data.datasets import EDGES, ImageFiles, Source, check_images
 from abe.data.decode import BrokenImageError
 from abe.data.transforms import pad_to_square
 from abe.errors import InputError
@@ -105,49 +105,40 @@ class PreparedImages:
         return _map_rows, (self.folder, self.rows)
 
 
-class Prepared(NamedTuple):
-    """What a prepared folder holds."""
-
-    images: PreparedImages
-    """Those that could be read."""
-    split: np.ndarray | None
-    """(N,): the part that each of them is in, if the source says so."""
-    skipped: int
-    """How many of the listed files could not be read."""
-    ks: tuple[int, ...] | None
-    """The K of Recall@K that the source asks for."""
-    stamps: tuple[str, ...]
-    """What every result has to say of the data."""
-
-
 def is_prepared(path: str | Path) -> bool:
     """Whether a folder is prepared, or partly so."""
     return any((Path(path) / name).is_file() for name in (MANIFEST, JOURNAL))
 
 
-def open_prepared(folder: str | Path) -> Prepared:
+def open_prepared(folder: str | Path, side: int | None = None) -> Source:
     """Open a prepared folder.
 
     While the folder or the CSV file that it was made from is still there, the files are looked at:
     one whose size is another, or whose time and content are, has changed. Files that were added to
     a folder since are not noticed; `prepare` compares those, too.
 
+    Args:
+        folder: the prepared folder.
+        side: of the squares that are wanted, if any will not do.
+
     Raises:
         InputError: the preparation is unfinished, of an unknown version or damaged (of the squares
-            only their number is checked; see `verify`), or files have changed since.
+            only their number is checked; see `verify`), files have changed since, or the squares
+            have another side.
     """
     folder = Path(folder)
     images, index = _map(folder)
+    images.require_side(side or images.squares.shape[1])
     _require_unchanged(folder, index)
     readable = np.flatnonzero(index["error"].is_null())
     split = np.array(index["split"].to_pylist())[readable]
     about = _about(index)
-    return Prepared(
+    return Source(
         images.select(readable),
         None if index["split"].null_count else split,
+        about["ks"],
+        about["stamps"],
         len(index) - len(readable),
-        about["ks"] and tuple(about["ks"]),
-        tuple(about["stamps"]),
     )
 
 
@@ -162,7 +153,7 @@ def prepare(
     side: int = 256,
     skip_broken: bool = False,
     console: Console | None = None,
-) -> Prepared:
+) -> Source:
     """Decode images into a prepared folder on all processors, or go on where that was interrupted.
 
     The result is the same to the byte, however often it was interrupted. A folder that is finished
@@ -211,7 +202,7 @@ def prepare(
     return open_prepared(folder)
 
 
-def verify(folder: str | Path, console: Console | None = None) -> Prepared:
+def verify(folder: str | Path, console: Console | None = None) -> Source:
     """Compare every square, and every file that is still there, with its checksum.
 
     Raises:
@@ -265,7 +256,7 @@ def _map(folder: Path) -> tuple[PreparedImages, Any]:
             about["name"],
             index["label"].to_numpy(),
             about["class_names"],
-            _map_squares(folder / SQUARES, (len(index), about["side"])),
+            np.asarray(_map_squares(folder / SQUARES, (len(index), about["side"]))),
             index["path"],
             np.arange(len(index)),
         )

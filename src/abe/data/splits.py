@@ -14,6 +14,7 @@ from abe.data.benchmarks import BENCHMARKS, Copy, find_benchmark
 from abe.data.datasets import (
     ImageFiles,
     LabelledImages,
+    Source,
     check_images,
     open_dataset,
     split_by_class,
@@ -82,25 +83,7 @@ def open_splits(
         InputError: no such data, a copy of a benchmark that is not complete, files that cannot be
             read, or too few classes to split.
     """
-    images: LabelledImages
-    split = None
-    skipped = 0
-    ks: tuple[int, ...] = KS
-    stamps: tuple[str, ...] = ()
-    if config.source == "synthetic":
-        images = SyntheticVehicles(
-            config.synthetic_classes, config.synthetic_images, size=config.resize
-        )
-    elif copy := _benchmark(config):
-        images, split = copy.images, copy.split
-        ks, stamps = copy.benchmark.ks, copy.stamps
-    elif is_prepared(config.source):
-        prepared = open_prepared(config.source)
-        prepared.images.require_side(config.resize)
-        images, split, skipped = prepared.images, prepared.split, prepared.skipped
-        ks, stamps = prepared.ks or KS, prepared.stamps
-    else:
-        images, split = open_dataset(config.source)
+    images, split, ks, stamps, skipped = open_source(config)
     count = len(images)
     kept = np.arange(count)
     with Progress(console=console, transient=True, disable=console is None) as progress:
@@ -127,7 +110,9 @@ def open_splits(
         test = images.select(np.flatnonzero((split == "test") | (split == "query")))
         if "gallery" in split:
             gallery = images.select(np.flatnonzero(split == "gallery"))
-    splits = Splits(images.name, train, test, test, skipped, gallery, ks, stamps)
+    splits = Splits(
+        images.name, train, test, test, skipped, gallery, tuple(ks or KS), tuple(stamps)
+    )
     if protocol == "paper":
         return splits
     classes = np.unique(train.labels)
@@ -145,6 +130,22 @@ def open_splits(
         train=train.select(np.flatnonzero(~is_held_out)),
         select=train.select(np.flatnonzero(is_held_out)),
     )
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the images that a configuration names; none is decoded.
+
+    Raises:
+        InputError: as `open_splits`.
+    """
+    if config.source == "synthetic":
+        size = config.synthetic_classes, config.synthetic_images
+        return Source(SyntheticVehicles(*size, size=config.resize))
+    if copy := _benchmark(config):
+        return Source(copy.images, copy.split, copy.benchmark.ks, copy.stamps)
+    if is_prepared(config.source):
+        return open_prepared(config.source, config.resize)
+    return Source(*open_dataset(config.source))
 
 
 def _benchmark(config: DataConfig) -> Copy | None:

@@ -1,0 +1,212 @@
+"""Images a second of the prepared loader, against a plain data set that opens files with Pillow.
+
+    python benchmarks/loader.py [FOLDER]
+
+FOLDER is one of class folders; without it JPEG files are generated. All loaders run in this process
+on one thread, do the same work on the same images (padded squares of 256 pixels, random crops of
+224 and flips, batches of 64), read from a warm page cache, and take turns; rates are medians over
+the rounds. What a million images take of the index and the samplers is measured apart. The last
+line of the output is the result as one JSON object, which also goes to benchmarks/loader.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from abe.data.datasets import ImageFiles, image_folder
+from abe.data.loader import training_batches
+from abe.data.prepare import open_prepared, prepare
+from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
+from abe.data.transforms import Preprocessing, pad_to_square, random_crop_and_flip
+from abe.runtime import environment
+
+PREPROCESSING = Preprocessing(resize=256, crop=224)
+BATCH = 64
+SIZES = (10_000, 100_000, 1_000_000)
+
+
+class PlainImages(Dataset[tuple[Tensor, int]]):
+    """What one writes first: open a file, transform it."""
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with Image.open(self.files.paths[index]) as image:
+            square = pad_to_square(image.convert("RGB"), PREPROCESSING.resize)
+        crop = random_crop_and_flip(square, PREPROCESSING.crop, self.rng)
+        return torch.from_numpy(crop.copy()).permute(2, 0, 1), int(self.files.labels[index])
+
+
+def generated_folder(root: Path) -> Path:
+    """480 JPEG files of 500 x 375 pixels, as photographs of the benchmarks have."""
+    rng = np.random.default_rng(0)
+    for label in range(24):
+        (root / f"{label:03}").mkdir(parents=True)
+        for number in range(20):
+            coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+            image = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+            image.save(root / f"{label:03}" / f"{number}.jpg", quality=90)
+    return root
+
+
+def rate(batches: Iterator[object], count: int) -> float:
+    """Images a second of the next `count` batches."""
+    started = time.perf_counter()
+    taken = sum(1 for _ in islice(batches, count))
+    return taken * BATCH / (time.perf_counter() - started)
+
+
+def compare_loaders(files: ImageFiles, folder: Path, rounds: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    prepared = prepare(files, folder, source=Path(os.path.commonpath(files.paths))).images
+    seconds = time.perf_counter() - started
+    sampler = PairBatchSampler(files.labels, BATCH)
+
+    def loader(images: Any) -> Iterator[object]:
+        steps = {"start_step": 0, "stop_step": 10**9}
+        return training_batches(images, sampler, PREPROCESSING, seed=0, **steps)
+
+    order = (sampler.batch(step) for step in range(10**9))
+    contenders = {
+        "plain": (iter(DataLoader(PlainImages(files), batch_sampler=order)), 4),
+        "files": (loader(files), 4),
+        "prepared": (loader(prepared), 80),
+    }
+    for batches, count in contenders.values():
+        rate(batches, count)  # warms up
+    rates = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, (batches, count) in contenders.items():
+            rates[name].append(rate(batches, count))
+    medians = {name: round(median(values)) for name, values in rates.items()}
+    return {
+        "images": len(files),
+        "rounds": rounds,
+        "images_per_second": medians,
+        "prepared_to_plain": round(medians["prepared"] / medians["plain"], 1),
+        "preparation_images_per_second": round(len(files) / seconds),
+    }
+
+
+def listed_folder(folder: Path, count: int) -> None:
+    """A prepared folder of `count` images, by docs/data.md; its squares take no disk space."""
+    folder.mkdir()
+    np.lib.format.open_memmap(folder / "squares.npy", "w+", np.uint8, (count, 8, 8, 3))
+    labels = np.arange(count) // 50
+    nothing = pa.nulls(count)
+    columns = {
+        "path": [f"/photographs/{row:09}.jpg".encode() for row in range(count)],
+        "label": labels,
+        "split": nothing.cast(pa.string()),
+        **{edge: nothing.cast(pa.float64()) for edge in ("x1", "y1", "x2", "y2")},
+        "size": np.full(count, 100_000),
+        "mtime_ns": np.arange(count) + 10**18,
+        "sha256": [hashlib.sha256(row.to_bytes(8)).hexdigest() for row in range(count)],
+        "square_sha256": [hashlib.sha256(bytes(192)).hexdigest()] * count,
+        "error": nothing.cast(pa.string()),
+    }
+    about = {
+        "name": "photographs",
+        "class_names": [str(label) for label in range(int(labels[-1]) + 1)],
+        "side": 8,
+        "ks": None,
+        "stamps": [],
+        "source": "/photographs",
+        "sha256": None,
+    }
+    index = folder / "index.parquet"
+    pyarrow.parquet.write_table(pa.table(columns, metadata={"abe": json.dumps(about)}), index)
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    (folder / "prepared.json").write_text(json.dumps({"version": 1, "index_sha256": digest}))
+
+
+def growth(folder: Path, count: int) -> dict[str, Any]:
+    """An epoch of the index and each sampler over `count` images."""
+    listed_folder(folder, count)
+    started = time.perf_counter()
+    images = open_prepared(folder).images
+    opened = time.perf_counter() - started
+    result: dict[str, Any] = {"images": count, "open_seconds": round(opened, 2)}
+    samplers: dict[str, Callable[[], Any]] = {
+        "pairs": lambda: PairBatchSampler(images.labels, BATCH),
+        "classes": lambda: ClassBalancedBatchSampler(images.labels, BATCH // 4, 4),
+    }
+    for name, make in samplers.items():
+        tracemalloc.start()
+        sampler = make()
+        held, _ = tracemalloc.get_traced_memory()
+        peaks = []
+        for step in range(20):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            sampler.batch(step)
+            peaks.append(tracemalloc.get_traced_memory()[1] - before)
+        tracemalloc.stop()
+        times = list(epoch(sampler.batch, images.labels, count // BATCH))
+        result[name] = {
+            "bytes_per_image": round(held / count, 1),
+            "peak_kilobytes_per_batch": round(max(peaks) / 1000, 1),
+            "microseconds_per_batch": round(1e6 * median(times), 1),
+        }
+    return result
+
+
+def epoch(batch: Callable[[int], np.ndarray], labels: np.ndarray, steps: int) -> Iterable[float]:
+    """Seconds that each batch of indices and labels takes."""
+    for step in range(steps):
+        started = time.perf_counter()
+        labels[batch(step)]
+        yield time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="a folder of class folders")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or generated_folder(Path(scratch) / "generated")
+        loaders = compare_loaders(image_folder(folder), Path(scratch) / "prepared", options.rounds)
+        print(json.dumps(loaders, indent=2))
+        sizes = []
+        for count in SIZES:
+            sizes.append(growth(Path(scratch) / str(count), count))
+            print(json.dumps(sizes[-1]))
+    result = {
+        "data": folder.name,
+        "hardware": environment(torch.device("cpu")) | {"cores": os.cpu_count()},
+        "loaders": loaders,
+        "growth": sizes,
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
