@@ -189,7 +189,7 @@ def test_output_can_be_cut_by_head() -> None:
 def test_ctrl_c_saves_and_says_how_to_go_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Path("runs") / ("[bold]a-long:cat:name" * 5) / "second"
+    run = Path("runs") / ("[bold]a long :cat: name" * 5) / "second"
     words = ["train", "photos", "--run", run, "--skip-broken", *TINY, "--set=train.steps=2000"]
     with subprocess.Popen(
         [ABE, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

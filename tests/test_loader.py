@@ -165,6 +165,17 @@ def test_evaluation_takes_all_centre_crops_in_order(images, batch_size, sizes, w
         np.testing.assert_array_equal(pixels[index].permute(1, 2, 0), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches(images, workers):
+    sampler = PairBatchSampler(images.labels, batch_size=8)
+    options = {"seed": 0, "start_step": 0, "stop_step": 6, "workers": workers}
+    pinned = list(training_batches(images, sampler, PREPROCESSING, **options, pin_memory=True))
+    assert all(batch.images.is_pinned() for batch in pinned)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in pinned)
+    assert_same(pinned, train(images))
+
+
 # --- broken files, interruptions ---------------------------------------------------------------
 
 

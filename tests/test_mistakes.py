@@ -548,6 +548,12 @@ MISTAKES = {
             text("runs.jsonl", '{"method": "ABE-4^512"}\n{"method": "ABE\n'),
         ),
         Mistake(
+            "A log instead of results",
+            "abe results runs/birds/metrics.jsonl",
+            "runs/birds/metrics.jsonl, line 1 is no result of `abe train` or `abe eval`: remove it",
+            trained,
+        ),
+        Mistake(
             "A page without a place for the tables",
             "abe results runs/runs.jsonl --into README.md",
             "README.md: the text has no <!-- results:begin --> ... <!-- results:end -->",

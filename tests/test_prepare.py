@@ -390,7 +390,6 @@ def test_a_journal_that_ends_anywhere(birds, prepared, tmp_path, monkeypatch, fl
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_killed_at_20_random_moments(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for label in range(10):
@@ -876,15 +875,82 @@ def hostile(tmp_path):
     return root, fine
 
 
+def abe(*words, folder):
+    """Runs the command; -> its exit status, what it printed, and the most memory it took."""
+    command = [Path(sys.executable).with_name("abe"), *words]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        printed = process.stdout.read().decode(errors="replace")
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return process.returncode, printed, usage.ru_maxrss * kilobyte
+
+
 def test_a_hostile_folder(hostile, tmp_path):
     root, fine = hostile
-    entries = list(root.glob("*/*"))
-    assert len(entries) >= 100
-    images = image_folder(root)
-    with pytest.raises(BrokenImagesError) as error:
-        prepare_folder(root, tmp_path / "prepared")
-    listed = {str(item.path) for item in error.value.errors}
-    assert listed == {*map(str, images.paths)} - {*fine}
-    prepared = prepare_folder(root, tmp_path / "prepared", skip_broken=True)
+    assert len(list(root.glob("*/*"))) >= 100
+    status, printed, memory = abe("data", "prepare", root, "--size", "64", folder=tmp_path)
+    assert status == 2
+    broken = {*map(str, image_folder(root).paths)} - {*fine}
+    assert f"hostile has images that cannot be read ({len(broken)} of" in printed
+    assert "Traceback" not in printed
+    assert memory < 2**30
+
+    prepared = prepare_folder(root, tmp_path / "hostile-64", side=64, skip_broken=True)
     assert {prepared.images.describe(index) for index in range(len(prepared.images))} == {*fine}
-    assert prepared.skipped == len(listed)
+    assert prepared.skipped == len(broken)
+
+
+def test_no_link_out_of_a_hostile_folder_is_followed(hostile, tmp_path):
+    root, _ = hostile
+    os.mkfifo(tmp_path / "outside.jpg")  # whoever opens it waits for ever
+    for name, target in (("a.jpg", tmp_path / "outside.jpg"), ("a", tmp_path), ("up", "..")):
+        (root / "b" / name).symlink_to(target)
+        assert f"{root / 'b' / name} is a link" in refusal(prepare_folder, root, tmp_path / "new")
+        (root / "b" / name).unlink()
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command(birds, tmp_path):
+    prepare_birds = ("data", "prepare", "birds", "--size", str(SIDE))
+    broken = break_file(birds / "class 3" / "2.jpg")
+    status, printed, _ = abe(*prepare_birds, folder=tmp_path)
+    assert status == 2
+    assert f"birds/class 3/{broken.name}: " in printed
+    status, printed, _ = abe(*prepare_birds, "--skip-broken", folder=tmp_path)
+    assert (status, printed) == (0, "birds-24: 29 images, 1 left out\n")
+    status, printed, _ = abe("data", "verify", "birds-24", folder=tmp_path)
+    assert (status, printed) == (0, "birds-24: 29 images as they were prepared\n")
+
+    status, printed, _ = abe("data", "prepare", "birds-24", "--size", "24", folder=tmp_path)
+    assert (status, printed) == (
+        2,
+        "error: birds-24 has no files to decode: train on it as it is\n",
+    )
+    shutil.rmtree(birds)
+    assert abe("data", "verify", "birds-24", folder=tmp_path)[0] == 0
+    with (tmp_path / "birds-24" / "squares.npy").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    status, printed, _ = abe("data", "verify", "birds-24", folder=tmp_path)
+    assert status == 2
+    assert "image 2 of squares.npy" in printed
+
+
+def test_what_results_have_to_say_is_kept(birds, tmp_path):
+    """Here of a benchmark; K of 3 and 5 are asked for, and the test images have a gallery."""
+    images = image_folder(birds)
+    split = np.array(["train", "train", "query", "gallery", "gallery"] * 6)
+    split[images.labels < 3] = "train"
+    folder = tmp_path / "prepared"
+    prepare(
+        images, folder, source=birds, split=split, ks=(3, 5), stamps=("partial, 30 of 31",), side=24
+    )
+    splits = open_splits(DataConfig(source=str(folder), resize=SIDE, crop=16), "paper")
+    assert splits.ks == (3, 5)
+    assert splits.describe()["stamps"] == ["partial, 30 of 31"]
+    assert (len(splits.train), len(splits.test), len(splits.gallery)) == (21, 3, 6)

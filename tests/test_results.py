@@ -20,13 +20,13 @@ from abe.results import (
     append_record,
     markdown_table,
     method_name,
+    read_records,
     replace_between,
     result_record,
     scores_table,
     summarize,
     write_result,
 )
-from abe.runtime import read_json_lines
 
 DATA = {
     "name": "birds",
@@ -102,7 +102,20 @@ def test_records_round_trip(tmp_path: Path) -> None:
     records = [record(), record("seed=1")]
     for each in records:
         append_record(tmp_path / "runs" / "runs.jsonl", each)
-    assert read_json_lines(tmp_path / "runs" / "runs.jsonl") == records
+    assert read_records(tmp_path / "runs" / "runs.jsonl") == records
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", " has no results: `abe train` and `abe eval` add them"),
+        ('{"step": 1, "loss": 2.0}\n', ", line 1 is no result of `abe train` or `abe eval`"),
+    ],
+)
+def test_a_file_without_results(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text(content)
+    with pytest.raises(InputError, match=f"runs.jsonl{message}"):
+        read_records(tmp_path / "runs.jsonl")
 
 
 def test_a_result_is_left_in_its_folder(tmp_path: Path) -> None:
@@ -138,6 +151,12 @@ def test_one_seed_has_no_spread_and_one_learner_no_learners() -> None:
     (found,) = summarize([record(learners=(0.1,))])
     assert found.spread["recall@1"] == 0
     assert not {"learner recall@1", "learner cosine"} & found.scores.keys()
+
+
+def test_a_run_that_is_scored_again_counts_once() -> None:
+    (found,) = summarize([record(recall=0.1), record("seed=1", recall=0.3), record(recall=0.2)])
+    assert found.seeds == 2
+    assert found.scores["recall@1"] == pytest.approx(0.25)
 
 
 def test_the_rate_is_picked_by_the_selection_recall_of_the_smallest_seed() -> None:

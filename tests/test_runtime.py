@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ from abe.runtime import (
     choose_precision,
     environment,
     read_json_lines,
+    resume_command,
     write_json,
 )
 
@@ -210,6 +212,11 @@ def test_json_lines_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n")
     with pytest.raises(InputError, match=r"image\.jsonl is not in UTF-8"):
         read_json_lines(path)
+
+
+def test_resume_command_can_be_pasted_into_a_shell() -> None:
+    command = resume_command(Path("my runs/it's [red]"))
+    assert shlex.split(command) == ["abe", "train", "--resume", "my runs/it's [red]"]
 
 
 # --- Signals -----------------------------------------------------------------------------------

@@ -246,10 +246,9 @@ def results(
     Runs that differ in their learning rate alone are one row: that of the rate with the best
     Recall@1 on held-out classes.
     """
-    from abe.results import markdown_table, replace_between, summarize
-    from abe.runtime import read_json_lines
+    from abe.results import markdown_table, read_records, replace_between, summarize
 
-    table = markdown_table(summarize(read_json_lines(file)))
+    table = markdown_table(summarize(read_records(file)))
     if into is None:
         typer.echo(table)
     else:

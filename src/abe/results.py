@@ -22,7 +22,7 @@ from torch import Tensor
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
-from abe.runtime import append_json_line, write_json
+from abe.runtime import append_json_line, read_json_lines, write_json
 
 
 def method_name(config: Config) -> str:
@@ -89,6 +89,23 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     append_json_line(path, record)
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The results in a `runs.jsonl`.
+
+    Raises:
+        InputError: the file cannot be read or has none, or a line is no result.
+    """
+    records = read_json_lines(path)
+    if not records:
+        raise InputError(f"{path} has no results: `abe train` and `abe eval` add them")
+    for number, record in enumerate(records, start=1):
+        if not {"method", "seed", "data", "config", "scores"} <= record.keys():
+            raise InputError(
+                f"{path}, line {number} is no result of `abe train` or `abe eval`: remove it"
+            )
+    return records
+
+
 def scores_table(records: Iterable[dict[str, Any]]) -> Table:
     """Results side by side, for the terminal: fractions as percentages, learners by their range."""
     records = list(records)
@@ -153,21 +170,21 @@ class Summary:
 def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     """Group records by everything but seed and learning rate, and average over seeds.
 
+    A run that was scored again counts once: the last record of a seed and rate is taken.
     Of several learning rates the one with the best Recall@1 on the images that the protocol
     selects by is kept, judged by the smallest seed, which every rate was run with. Scores are those
     of the ensemble, "learner recall@1" (mean of the learners) and "learner cosine".
     """
-    groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    groups: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for record in records:
         config = copy.deepcopy(record["config"])
         del config["seed"]
         rate = config["train"].pop("lr")
         key = json.dumps([record["method"], record["data"], config], sort_keys=True)
-        groups.setdefault(key, {}).setdefault(rate, []).append(record)
+        groups.setdefault(key, {}).setdefault(rate, {})[record["seed"]] = record
     summaries = []
-    for by_rate in groups.values():
-        for runs in by_rate.values():
-            runs.sort(key=lambda record: record["seed"])
+    for by_seed in groups.values():
+        by_rate = {rate: [runs[seed] for seed in sorted(runs)] for rate, runs in by_seed.items()}
         best = max(by_rate, key=lambda rate: by_rate[rate][0]["selection_recall@1"] or 0)
         values = [_scores(record) for record in by_rate[best]]
         columns = {name: [value[name] for value in values] for name in values[0]}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -125,6 +126,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             )
         values.append(value)
     return values
+
+
+def resume_command(run: Path) -> str:
+    """What to type to go on with a run."""
+    return shlex.join(["abe", "train", "--resume", str(run)])
 
 
 class StopSignal:

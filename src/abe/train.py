@@ -52,6 +52,7 @@ from abe.runtime import (
     choose_precision,
     environment,
     read_json_lines,
+    resume_command,
     write_json,
 )
 from abe.start import start
@@ -69,20 +70,36 @@ class Trainer:
         run: its folder; made if it does not exist.
         console: where to report.
 
+        checkpoint: of the same run, to go on from; see `resume`.
+
     Raises:
-        InputError: whatever in the configuration, the data or the weights cannot be used.
+        InputError: whatever in the configuration, the data or the weights cannot be used; or the
+            folder holds a run already.
     """
 
-    def __init__(self, config: Config, run: Path, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        console: Console | None = None,
+        *,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        if checkpoint is None and checkpoints(run):
+            raise InputError(
+                f"{run} holds a run already: go on with `{resume_command(run)}`, "
+                "or give another folder"
+            )
         self.config = config
         self.run = run
         self.console = console or Console(stderr=True)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
+        # What takes long comes last: a mistake in the settings is told before images are read.
+        self.start = start(config)
         self.splits: Splits = open_splits(config.data, config.protocol, self.console)
         self.sampler = _sampler(config, self.splits.train.labels)
 
-        self.start = start(config)
         self.model = self.start.model.to(self.device)
         self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
@@ -92,6 +109,8 @@ class Trainer:
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
         self.best: Best | None = None
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
     @classmethod
     def resume(cls, run: Path, console: Console | None = None) -> Trainer:
@@ -101,9 +120,7 @@ class Trainer:
             InputError: `run` has no checkpoint, or it is damaged.
         """
         checkpoint = load_latest(run)
-        trainer = cls(checkpoint.config, run, console)
-        trainer._restore(checkpoint)
-        return trainer
+        return cls(checkpoint.config, run, console, checkpoint=checkpoint)
 
     def fit(self) -> dict[str, Any] | None:
         """Train to the last step, pick the checkpoint, score the test images once.
@@ -139,7 +156,10 @@ class Trainer:
                 if stop.received and not last:
                     self.console.print(
                         f"Stopped by {stop.received} after step {self.step}, saved. "
-                        f"To go on: abe train --resume {self.run}"
+                        f"To go on: {resume_command(self.run)}",
+                        soft_wrap=True,
+                        markup=False,
+                        highlight=False,
                     )
                     return None
         return self._finish()
@@ -226,11 +246,6 @@ class Trainer:
         return lambda unit, labels: loss(unit if normalize else raw, self.class_index[labels])
 
     def _begin(self) -> None:
-        if self.best is None and checkpoints(self.run):
-            raise InputError(
-                f"{self.run} holds a run already: go on with `abe train --resume {self.run}`, "
-                "or give another folder"
-            )
         self.run.mkdir(parents=True, exist_ok=True)
         write_json(self.run / "config.json", self.config.to_json())
         (self.run / "weights.txt").write_text(f"{self.start.report}\n", encoding="utf-8")
@@ -294,7 +309,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step, self.best = checkpoint.step, checkpoint.best
         self.preprocessing = checkpoint.preprocessing
-        self.model.load_state_dict(checkpoint.model)
+        checkpoint.load_into(self.model)
         restore_optimizer(self.optimizer, checkpoint.training)
         if self.metric_loss is not None:
             prefix = "metric_loss."
@@ -302,7 +317,7 @@ class Trainer:
             self.metric_loss.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
         torch.set_rng_state(checkpoint.training["torch_rng"])
         log = self.run / "metrics.jsonl"
-        kept = [line for line in read_json_lines(log) if line["step"] <= self.step]
+        kept = [line for line in read_json_lines(log) if line.get("step", 0) <= self.step]
         beside = log.with_suffix(".tmp")
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         beside.replace(log)

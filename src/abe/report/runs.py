@@ -17,7 +17,7 @@ from abe.config import Config
 from abe.errors import InputError
 from abe.model.ensemble import concat
 from abe.results import data_title
-from abe.runtime import read_json_lines
+from abe.runtime import read_json_lines, resume_command
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _read(path: Path) -> Run:
         raise InputError(f"{path} is not a folder: give the folder of a run")
     if not (path / "result.json").exists():
         if (path / "config.json").exists():
-            raise InputError(f"{path} is not finished: go on with `abe train --resume {path}`")
+            raise InputError(f"{path} is not finished: go on with `{resume_command(path)}`")
         raise InputError(f"{path} has no result.json: give the folder of a finished run")
     record = _read_json(path / "result.json")
     try:
