@@ -52,10 +52,10 @@ def commands() -> Iterator[list[str]]:
 
 
 @cache
-def help_text(verb: str) -> str | None:
-    """What `abe VERB --help` prints, without colour or wrapping; None if it fails."""
+def help_text(*verbs: str) -> str | None:
+    """What `abe VERB ... --help` prints, without colour or wrapping; None if it fails."""
     result = subprocess.run(
-        [ABE, verb, "--help"],
+        [ABE, *verbs, "--help"],
         env={"PATH": os.environ["PATH"], "COLUMNS": "200"},
         capture_output=True,
         text=True,
@@ -68,8 +68,9 @@ def test_abe_commands_exist() -> None:
     shown = [words[1:] for words in commands() if words and Path(words[0]).name == "abe"]
     assert shown, "README.md shows no abe command"
     for verb, *arguments in shown:
-        text = help_text(verb)
-        assert text is not None, f"README.md shows `abe {verb}`, which does not exist"
+        verbs = (verb, arguments[0]) if verb == "data" else (verb,)
+        text = help_text(*verbs)
+        assert text is not None, f"README.md shows `abe {' '.join(verbs)}`, which does not exist"
         for option in (word.partition("=")[0] for word in arguments if word.startswith("-")):
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), (
                 f"README.md shows `abe {verb} {option}`, which does not exist"

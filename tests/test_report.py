@@ -513,7 +513,7 @@ def only_baselines(run: Path) -> list[Path]:
         (no_embeddings, r"embeddings.safetensors cannot be read .*: train"),
         (damaged_embeddings, r"embeddings.safetensors cannot be read .*: train"),
         (foreign_embeddings, r"embeddings.safetensors holds \(7, 2, 8\), .* 20 test images"),
-        (no_checkpoint, r"run holds no checkpoint"),
+        (no_checkpoint, r"run has no checkpoints: give the folder of a run"),
         (
             moved_images,
             r"the images of \S+run cannot be opened: .*birds-moved.* data.source in \S+",
