@@ -308,6 +308,8 @@ def test_default_weights_are_known_sources() -> None:
         ({"branch_point": "pool9"}, "'pool9' is not a stage of toy .* use one of stem, pool"),
         ({"branch_point": "block"}, "that anything follows"),
         ({"attention_depth": 2}, "toy has 1 blocks after 'pool', so use 1 to 1"),
+        ({"attention_depth": 0}, "attention_depth=0: .* use 1 to 1"),
+        ({"branch_point": ""}, "'' is not a stage of toy"),
         ({"attention_width": 0}, "use a factor above 0"),
         ({"shared_spatial": False}, "leave shared_spatial=True"),
     ],

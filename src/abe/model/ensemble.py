@@ -66,7 +66,7 @@ class AttentionEnsemble(nn.Module):
         self.learner_dim = learner_dim(num_learners, embedding_dim)
         self.attention_width = attention_width
         self.backbone = get_backbone(backbone)
-        cut = branch_point or self.backbone.branch_point
+        cut = self.backbone.branch_point if branch_point is None else branch_point
 
         num_spatial = 1 if shared_spatial else num_learners
         self.spatial = nn.ModuleList(self.backbone.spatial(cut) for _ in range(num_spatial))
@@ -77,7 +77,8 @@ class AttentionEnsemble(nn.Module):
         if attention:
             if not shared_spatial:
                 raise InputError("attention=True takes one S: leave shared_spatial=True")
-            depth = attention_depth or self.backbone.attention_depth
+            default = self.backbone.attention_depth
+            depth = default if attention_depth is None else attention_depth
             trunk = self.backbone.attention_trunk(cut, channels, depth, attention_width)
             self.attention_trunk = trunk
             self.attention_heads = AttentionHeads(trunk.out_channels, num_learners, channels)
