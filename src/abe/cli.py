@@ -396,6 +396,8 @@ def prepare_data(
     if not isinstance(source.images, ImageFiles):
         raise InputError(f"{data} has no files to decode: train on it as it is")
     folder = folder or Path(f"{data if root else source.images.name}-{size}")
+    if not root and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise InputError(f"{folder} is in {data}: name a folder outside of it by --out")
     images, _, _, _, skipped = prepare(
         source.images,
         folder,

@@ -161,7 +161,8 @@ def prepare(
 
     Args:
         images: what to decode.
-        folder: where to; made if it does not exist, else empty or begun before.
+        folder: where to; made if it does not exist, else empty or begun before. Not within a folder
+            of class folders, where it would be taken for a class.
         source: the folder or CSV file that `images` were opened from.
         split: (N,), the part that each image is in, or None.
         ks: the K of Recall@K that they are scored by, None for the usual.
@@ -176,8 +177,6 @@ def prepare(
             What is done by then is kept.
     """
     folder, source = Path(folder), Path(os.path.abspath(source))
-    if folder.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{folder} is in {source}: prepare into a folder outside of it")
     about = {
         "name": images.name,
         "class_names": list(images.class_names),
@@ -588,7 +587,8 @@ def _sha256(path: str | bytes | Path) -> str | None:
 
 
 def _progress(console: Console | None) -> Progress:
-    return Progress(console=console, transient=True, disable=console is None)
+    shown = console is not None and console.is_terminal
+    return Progress(console=console, transient=True, disable=not shown)
 
 
 def _pyarrow() -> Any:
