@@ -1,12 +1,12 @@
 """Compare 1-head, M-heads and ABE-M on one data set at equal steps, as the README's table shows.
 
-For every method and loss, seed 0 is trained at each learning rate; the rate whose selected
-checkpoint has the best Recall@1 on held-out training classes (protocol `val`) is trained with the
-other seeds. Every run is a line of the results file, those of the rejected rates too, and a run
-whose line is there is not repeated: stop it and start it as often as you like.
+Every method is trained at each of its learning rates with each seed; `abe results` shows the rate
+whose selected checkpoints have the best Recall@1 on held-out training classes (protocol `val`), on
+average over the seeds. Every run is a line of the results file, those of the rejected rates too,
+and a run whose line is there is not repeated: stop it and start it as often as you like.
 
     python experiments/compare.py photographs --source DATA/cub200-2010
-    python experiments/compare.py vehicles
+    python experiments/compare.py vehicles --part 1/2  # and 2/2 in a second process
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -66,11 +65,19 @@ PLANS: dict[str, tuple[Config, tuple[Method, ...]]] = {
     "vehicles": (
         demo(),
         tuple(
-            balanced(*network, rates=(0.01,))
+            balanced(*network, rates=(0.003, 0.01, 0.03))
             for network in (ABE_4, ONE_HEAD, FOUR_HEADS, ABE_4_ALIKE)
         ),
     ),
 }
+
+
+def part(text: str) -> tuple[int, int]:
+    """`2/3` -> (2, 3)."""
+    number, of = (int(word) for word in text.split("/"))
+    if not 1 <= number <= of:
+        raise ValueError(text)
+    return number, of
 
 
 def main() -> None:
@@ -80,43 +87,45 @@ def main() -> None:
     parser.add_argument("--source", default="synthetic", help="folder or CSV of the images")
     parser.add_argument("--results", type=Path, default=Path("results/runs.jsonl"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    parser.add_argument(
+        "--part", type=part, default=(1, 1), help="I/N: every N-th run from the I-th"
+    )
     arguments = parser.parse_args()
     console = Console()
     base, methods = PLANS[arguments.plan]
     base = base.with_overrides([f"data.source={arguments.source}"])
 
-    def done(config: Config) -> dict[str, Any] | None:
+    def done(config: Config) -> bool:
         records = read_json_lines(arguments.results) if arguments.results.exists() else []
         this = (config.digest, method_name(config))
-        return next((r for r in records if (r["config_digest"], r["method"]) == this), None)
+        return any((r["config_digest"], r["method"]) == this for r in records)
 
-    def run(config: Config) -> dict[str, Any]:
-        record = done(config)
+    def run(config: Config) -> None:
+        folder = arguments.runs / config.digest
+        console.rule(f"{config.digest} lr {config.train.lr} seed {config.seed}")
+        started = (folder / "checkpoints").exists()
+        trainer = Trainer.resume(folder, console) if started else Trainer(config, folder, console)
+        record = trainer.fit()
         if record is None:
-            folder = arguments.runs / config.digest
-            console.rule(f"{config.digest} lr {config.train.lr} seed {config.seed}")
-            started = (folder / "checkpoints").exists()
-            trainer = (
-                Trainer.resume(folder, console) if started else Trainer(config, folder, console)
-            )
-            record = trainer.fit()
-            if record is None:
-                raise SystemExit(130)
-            append_record(arguments.results, record)
+            raise SystemExit(130)
+        append_record(arguments.results, record)
         console.print(scores_table([record]))
-        return record
 
     recorded = read_json_lines(arguments.results) if arguments.results.exists() else []
     if not any(record["config_digest"] == base.digest for record in recorded):
         splits = open_splits(base.data, base.protocol)
         for evaluation in evaluate_baselines(base, splits).values():
             append_record(arguments.results, evaluation.record)
-    for method in methods:
-        config = base.with_overrides(method.settings)
-        trials = {rate: run(config.with_overrides([f"train.lr={rate}"])) for rate in method.rates}
-        best = max(trials, key=lambda rate: trials[rate]["selection_recall@1"])
-        for seed in SEEDS[1:]:
-            run(config.with_overrides([f"train.lr={best}", f"seed={seed}"]))
+    runs = [
+        base.with_overrides([*method.settings, f"train.lr={rate}", f"seed={seed}"])
+        for method in methods
+        for rate in method.rates
+        for seed in SEEDS
+    ]
+    first, step = arguments.part
+    for config in runs[first - 1 :: step]:
+        if not done(config):
+            run(config)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import zlib
@@ -375,6 +376,8 @@ def test_an_empty_box(tmp_path, box):
 def test_files_that_are_not_there_or_no_images(tmp_path):
     assert_broken(tmp_path / "absent.png", "No such file or directory")
     assert_broken(tmp_path, "Is a directory")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert_broken(tmp_path / "pipe.png", "a pipe, which would be waited for")
     for content in (b"", b"\xff\xd8", b"GIF89a", b"<svg/>", bytes(1000)):
         (tmp_path / "image.png").write_bytes(content)
         assert_broken(tmp_path / "image.png", "damaged, or neither JPEG, .*, GIF nor TIFF")

@@ -462,12 +462,12 @@ def test_a_second_process_is_refused(birds, tmp_path):
 
 
 def test_a_changed_file_is_named(birds, prepared):
-    changed, rewritten, gone, touched = (image_folder(birds).paths[i] for i in (3, 8, 9, 20))
+    longer, rewritten, gone, touched = (image_folder(birds).paths[i] for i in (3, 8, 9, 20))
+    before = rewritten.stat()
     os.utime(touched)
     open_prepared(prepared)
 
-    changed.write_bytes(changed.read_bytes() + b"\0")
-    status = rewritten.stat()
+    longer.write_bytes(longer.read_bytes() + b"\0")
     content = bytearray(rewritten.read_bytes())
     content[-1] ^= 1
     rewritten.write_bytes(content)
@@ -475,16 +475,10 @@ def test_a_changed_file_is_named(birds, prepared):
     message = refusal(open_prepared, prepared)
     assert message.startswith(f"{prepared}: files have changed since they were prepared (3)")
     assert f"remove {prepared} and prepare the images anew" in message
-    for path in (changed, rewritten, gone):
-        assert str(path) in message
-    assert str(touched) not in message
-    assert "have changed since" in refusal(prepare_folder, birds.parent / "birds", prepared) or True
+    assert message.splitlines()[1:] == [str(path) for path in (longer, rewritten, gone)]
 
-    # The time that it had before hides a change from all but its checksum.
-    changed.write_bytes(changed.read_bytes()[:-1])
-    photograph(gone, np.random.default_rng(0))
-    gone.unlink()
-    os.utime(rewritten, ns=(status.st_atime_ns, status.st_mtime_ns))
+    # The time that it had before hides a change from all but the checksums.
+    os.utime(rewritten, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert str(rewritten) not in refusal(open_prepared, prepared)
     assert f"{rewritten} has changed" in refusal(verify, prepared)
 

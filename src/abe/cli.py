@@ -69,8 +69,9 @@ Source = Annotated[
     str | None,
     typer.Argument(
         metavar="DATA",
-        help="Folder with one sub-folder of images a class, or CSV file with the columns path, "
-        "label and optionally split and x1, y1, x2, y2; or with --root a benchmark's name. "
+        help="Folder with one sub-folder of images a class, or made by `abe data prepare`; CSV "
+        "file with the columns path, label and optionally split and x1, y1, x2, y2; or with --root "
+        "a benchmark's name. "
         "Default: images drawn by abe.",
     ),
 ]

@@ -53,6 +53,8 @@ def read_image(path: str | PathLike[str], box: Box | None = None) -> Image.Image
             `PIL.Image.MAX_IMAGE_PIXELS`; its grey has no known range; nothing is left of the box.
     """
     try:
+        if Path(path).is_fifo():
+            raise ValueError("a pipe, which would be waited for")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(

@@ -458,8 +458,6 @@ class _Writer:
         path = self._images.paths[index]
         sha256 = error = None
         try:
-            if found != (None, None) and not path.is_file():
-                raise BrokenImageError(path, "not a regular file")  # a pipe would be waited for
             square = pad_to_square(self._images.load(index), self._side)
             sha256 = _sha256(path)
             if sha256 is None or _size_and_time(path) != found:
