@@ -1,8 +1,10 @@
-"""Images a second of the prepared loader, against a plain data set that opens files with Pillow.
+"""Images a second of the prepared loader, against a plain data set and against torchvision's.
 
     python benchmarks/loader.py [FOLDER]
 
-FOLDER is one of class folders; without it JPEG files are generated. All loaders run in this process
+FOLDER is one of class folders; without it JPEG files are generated. torchvision is compared where
+it is installed; only its data sets and transforms are needed, so where its compiled operators do
+not fit this build of PyTorch it is used without them. All loaders run in this process
 on one thread, do the same work on the same images (padded squares of 256 pixels, random crops of
 224 and flips, batches of 64), read from a warm page cache, and take turns; rates are medians over
 the rounds. What a million images take of the index and the samplers is measured apart. The last
@@ -13,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
+import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,6 +65,42 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(crop.copy()).permute(2, 0, 1), int(self.files.labels[index])
 
 
+def import_torchvision() -> Any:
+    """torchvision, its operators declared if they cannot be loaded; None if it is not installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        import torchvision
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        operators = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+def torchvision_images(torchvision: Any, folder: Path) -> Dataset[tuple[Tensor, int]]:
+    """ImageFolder with torchvision's own transforms, to the same sizes."""
+    transforms = torchvision.transforms
+
+    def square(image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        left, top = (side - image.width) // 2, (side - image.height) // 2
+        edges = [left, top, side - image.width - left, side - image.height - top]
+        return transforms.functional.pad(image, edges)
+
+    chain = [
+        transforms.Lambda(square),
+        transforms.Resize((PREPROCESSING.resize, PREPROCESSING.resize)),
+        transforms.RandomCrop(PREPROCESSING.crop),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
+    return torchvision.datasets.ImageFolder(folder, transforms.Compose(chain))
+
+
 def generated_folder(root: Path) -> Path:
     """480 JPEG files of 500 x 375 pixels, as photographs of the benchmarks have."""
     rng = np.random.default_rng(0)
@@ -76,13 +116,14 @@ def generated_folder(root: Path) -> Path:
 def rate(batches: Iterator[object], count: int) -> float:
     """Images a second of the next `count` batches."""
     started = time.perf_counter()
-    taken = sum(1 for _ in islice(batches, count))
+    taken = sum(1 for _ in itertools.islice(batches, count))
     return taken * BATCH / (time.perf_counter() - started)
 
 
 def compare_loaders(files: ImageFiles, folder: Path, rounds: int) -> dict[str, Any]:
+    root = Path(os.path.commonpath(files.paths))
     started = time.perf_counter()
-    prepared = prepare(files, folder, source=Path(os.path.commonpath(files.paths))).images
+    prepared = prepare(files, folder, source=root).images
     seconds = time.perf_counter() - started
     sampler = PairBatchSampler(files.labels, BATCH)
 
@@ -90,24 +131,34 @@ def compare_loaders(files: ImageFiles, folder: Path, rounds: int) -> dict[str, A
         steps = {"start_step": 0, "stop_step": 10**9}
         return training_batches(images, sampler, PREPROCESSING, seed=0, **steps)
 
-    order = (sampler.batch(step) for step in range(10**9))
+    def usual(images: Dataset[tuple[Tensor, int]]) -> Iterator[object]:
+        return iter(DataLoader(images, batch_sampler=map(sampler.batch, itertools.count())))
+
     contenders = {
-        "plain": (iter(DataLoader(PlainImages(files), batch_sampler=order)), 4),
+        "plain": (usual(PlainImages(files)), 4),
         "files": (loader(files), 4),
         "prepared": (loader(prepared), 80),
     }
-    for batches, count in contenders.values():
-        rate(batches, count)  # warms up
+    torchvision = import_torchvision()
+    if torchvision is not None:
+        contenders["torchvision"] = (usual(torchvision_images(torchvision, root)), 4)
+    for batches, number in contenders.values():
+        rate(batches, number)  # warms up
     rates = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, (batches, count) in contenders.items():
-            rates[name].append(rate(batches, count))
+        for name, (batches, number) in contenders.items():
+            rates[name].append(rate(batches, number))
     medians = {name: round(median(values)) for name, values in rates.items()}
     return {
         "images": len(files),
         "rounds": rounds,
         "images_per_second": medians,
-        "prepared_to_plain": round(medians["prepared"] / medians["plain"], 1),
+        **{
+            f"prepared_to_{name}": round(medians["prepared"] / medians[name], 1)
+            for name in ("plain", "torchvision")
+            if name in medians
+        },
+        "torchvision": torchvision and torchvision.__version__,
         "preparation_images_per_second": round(len(files) / seconds),
     }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.data.splits import open_splits
 from abe.evaluate import evaluate_baselines
@@ -52,14 +53,13 @@ FOUR_HEADS = ("model.network=m-heads", "model.num_learners=4", "train.divergence
 ABE_4 = ("model.network=abe", "model.num_learners=4")
 ABE_4_ALIKE = (*ABE_4, "train.divergence_weight=0")
 
-SHORT = ("train.steps=120", "train.eval_every=40")
 PLANS: dict[str, tuple[Config, tuple[Method, ...]]] = {
     "photographs": (
-        photographs().with_overrides(SHORT),
+        photographs(),
         (balanced(*ABE_4), balanced(*ONE_HEAD), balanced(*FOUR_HEADS)),
     ),
     "photographs-as-printed": (
-        photographs().with_overrides(SHORT),
+        photographs(),
         (as_printed(*ABE_4), as_printed(*ONE_HEAD)),
     ),
     "vehicles": (
@@ -103,8 +103,8 @@ def main() -> None:
     def run(config: Config) -> None:
         folder = arguments.runs / config.digest
         console.rule(f"{config.digest} lr {config.train.lr} seed {config.seed}")
-        started = (folder / "checkpoints").exists()
-        trainer = Trainer.resume(folder, console) if started else Trainer(config, folder, console)
+        begun = checkpoints(folder)
+        trainer = Trainer.resume(folder, console) if begun else Trainer(config, folder, console)
         record = trainer.fit()
         if record is None:
             raise SystemExit(130)

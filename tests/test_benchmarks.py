@@ -19,6 +19,7 @@ from scipy.io import savemat
 from abe import cli
 from abe.config import Config, DataConfig
 from abe.data.benchmarks import BENCHMARKS, Benchmark, Copy, Count, find_benchmark
+from abe.data.decode import printable
 from abe.data.splits import open_splits
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
@@ -255,6 +256,34 @@ def test_lists_of_full_length_without_images(layout, expected, tmp_path):
 
 @pytest.mark.slow
 @every_layout
+def test_lists_of_full_length_that_are_wrong(layout, tmp_path):
+    """Without the last image; and with the classes of the two sides exchanged."""
+    benchmark = BENCHMARKS[layout.benchmark]
+    entries = entries_of(benchmark.counts)
+    layout.make(tmp_path, entries[:-1], images=False)
+    copy = benchmark.check(tmp_path)
+    *parts, last = benchmark.counts
+    count = benchmark.counts[last]
+    assert {part: copy.listed[part] for part in parts} == {p: benchmark.counts[p] for p in parts}
+    says(refusal(copy), f"{count.images - 1:,} {last} images of {count.classes:,} classes", CHANGED)
+
+    other = {"train": last, last: "train"}
+    middle, end = benchmark.counts["train"].classes, benchmark.counts[last].classes
+
+    def exchanged(entry: Entry) -> Entry:
+        number = entry.number + (end if entry.number <= middle else -middle)
+        return replace(entry, number=number, part=other.get(entry.part, entry.part))
+
+    layout.make(tmp_path, [*map(exchanged, entries)], images=False)
+    copy = benchmark.check(tmp_path)
+    if "gallery" not in benchmark.counts:
+        assert (copy.listed["train"], copy.listed[last]) == (count, benchmark.counts["train"])
+    parts = " and ".join(benchmark.counts)
+    says(refusal(copy), f"likely cause: the lists of {parts} are exchanged")
+
+
+@pytest.mark.slow
+@every_layout
 def test_copies_of_full_size(layout, tmp_path):
     benchmark = BENCHMARKS[layout.benchmark]
     layout.make(tmp_path, entries_of(benchmark.counts))
@@ -371,9 +400,22 @@ def test_folders_of_numbered_classes(name, classes, tmp_path):
     for path in folders[0].iterdir():
         path.unlink()
     folders[0].rmdir()
-    partial = benchmark.check(tmp_path).require(allow_partial=True)
+    stopped = benchmark.check(tmp_path)
+    says(
+        refusal(stopped), f"found: {classes - 2} training", "half a download, or an unpacking that"
+    )
+    partial = stopped.require(allow_partial=True)
     assert partial.found == {"train": Count(classes - 2, classes // 2 - 1), "test": half}
     assert partial.stamps[1] == f"partial, {2 * classes - 2} of {2 * classes}"
+    extra = shutil.copytree(folders[1], folders[-1].with_name(f"{classes + 1}.A"))
+    shutil.copytree(folders[1], folders[0].with_name("000.A"))
+    text = refusal(benchmark.check(tmp_path), allow_partial=True)
+    says(
+        text,
+        f"{classes + 2} test images of {classes // 2 + 1} classes",
+        "not part of it: take them",
+    )
+    shutil.rmtree(extra)
     folders[-1].rename(folders[-1].with_name("A"))
     says(refusal(benchmark.check(tmp_path)), "class folders begin as 001.Name does")
 
@@ -573,20 +615,58 @@ def test_lists_that_are_not_there(miniature):
         away.rename(path)
 
 
+CHANGED = "likely cause: lists that were changed or cut off; take the publisher's"
+NO_VALUE = "wrong: {path}, line 1: '<html>' has no value or a second one"
+NO_PRODUCT = "wrong: {path}, line 3: 'not found' is not image_id class_id super_class_id path"
+NO_ITEM = "is not image_name item_id and train, query or gallery"
+NO_MATLAB = "wrong: {path} is no MATLAB file that can be read"
+DAMAGED = {  # list -> what is said of it where it is empty, a web page, cut off in the middle
+    "images.txt": (CHANGED, NO_VALUE, CHANGED),
+    "image_class_labels.txt": (
+        "wrong: {path} has no line for 400 images: 1, 2, 3, ",
+        NO_VALUE,
+        "wrong: {path}, line 221: '22' has no value or a second one",
+    ),
+    "classes.txt": (
+        ": 001.Bird_1/Bird_train_0.jpg is of class 1, but by classes.txt that is none",
+        NO_VALUE,
+        "107.Bird_107/Bird_test_12.jpg is of class 107, but by classes.txt that is 10",
+    ),
+    "bounding_boxes.txt": (
+        "wrong: {path} has no line for 400 images: 1, 2, 3, ",
+        NO_VALUE,
+        "wrong: {path} has no line for 197 images: 204, 205, ",
+    ),
+    **dict.fromkeys(
+        [*CARS.lists, *DEVKIT.lists], (NO_MATLAB, NO_MATLAB, "wrong: {path} cannot be")
+    ),
+    "Ebay_train.txt": (CHANGED, NO_PRODUCT, "wrong: {path}, line 105: '104 52 1' is not image_id"),
+    "Ebay_test.txt": (CHANGED, NO_PRODUCT, CHANGED),
+    "Eval/list_eval_partition.txt": (
+        CHANGED,
+        f"wrong: {{path}}, line 4: '404' {NO_ITEM}",
+        f"wrong: {{path}}, line 309: 'img/WOMEN/Dresses/id_00000154/query_106.jpg ' {NO_ITEM}",
+    ),
+}
+
+
 def test_lists_that_are_something_else(miniature):
-    for path in map(miniature.list, range(len(miniature.layout.lists))):
+    for number, name in enumerate(miniature.layout.lists):
+        path = miniature.list(number)
         content = path.read_bytes()
-        for damaged in (
-            b"",
-            b"a\na\n\xff",
-            b"<html>\n\nnot found\n404\n",
-            content[: len(content) // 2],
+        binary = NO_MATLAB if path.suffix == ".mat" else "wrong: {path} is not in UTF-8"
+        for damaged, said in zip(
+            (
+                b"",
+                b"<html>\n\nnot found\n404\n",
+                content[: len(content) // 2],
+                b"1\nb\n\xff\xfe\xfa",
+            ),
+            (*DAMAGED[name], binary),
+            strict=True,
         ):
             path.write_bytes(damaged)
-            assert not miniature.benchmark.check(miniature.root).complete
-        path.write_bytes(b"1\nb\n\xff\xfe\xfa")
-        named = "no MATLAB file" if path.suffix == ".mat" else "is not in UTF-8"
-        says(miniature.refusal(allow_partial=True), f"wrong: {path} ", named)
+            says(miniature.refusal(), "expected: ", "found: ", said.format(path=path))
         path.write_bytes(content)
 
 
@@ -610,6 +690,20 @@ def test_links_out_of_the_folder_are_not_followed(miniature, tmp_path_factory):
     miniature.benchmark.check(miniature.root).require()
 
 
+def test_a_link_to_itself_is_one_missing_file(miniature):
+    """And not a folder of them; one in place of a folder is those in it."""
+    first = miniature.image(miniature.entries[0])
+    first.unlink()
+    first.symlink_to(first.name)
+    total = len(miniature.entries)
+    path = miniature.layout.path(miniature.entries[0])
+    says(miniature.refusal(), f"missing files: 1 of {total}: {path}\n")
+
+    shutil.rmtree(first.parent)
+    first.parent.symlink_to(first.parent.name)
+    says(miniature.refusal(), f" of {total}: {path}, ")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -628,7 +722,7 @@ def test_lists_that_lead_out_of_the_folder(name, tmp_path):
     for path in (root / "mug.jpg", tmp_path / "outside.jpg"):
         Image.new("RGB", (8, 6)).save(path)
     sop = replace(BENCHMARKS["sop"], counts={"train": Count(1, 1), "test": Count(1, 1)})
-    says(refusal(sop.check(root)), f"missing files: 1 of 2: {name}")
+    says(refusal(sop.check(root)), f"missing files: 1 of 2: {printable(name)}")
 
 
 @pytest.mark.parametrize("layout", [CUB, CARS, DEVKIT], ids=["cub", "cars", "devkit"])
@@ -679,12 +773,41 @@ def test_12_of_11788_images(tmp_path):
         f"listed: {expected}",
         "found: 12 training images of 1 classes, 0 test images of 0 classes",
         "missing files: 11,776 of 11,788: images/001.Bird_1/Bird_train_12.jpg, ",
-        " and 11,771 more",
+        ", and 11,756 more",
         "half a download",
     )
     refusal(benchmark.check(tmp_path), allow_partial=True)  # no test image at all
     (tmp_path / "CUB_200_2011" / "images.txt").unlink()
     says(refusal(benchmark.check(tmp_path)), f"expected: {expected}", "there is no images.txt in ")
+
+
+def test_a_class_that_is_lost_moves_no_other(tmp_path):
+    """The part of a class goes by its number, not by its place in classes.txt."""
+    benchmark = CUB.small()
+    entries = [entry for entry in entries_of(benchmark.counts) if entry.number != 50]
+    CUB.make(tmp_path, entries)
+    classes = tmp_path / CUB.folder / "classes.txt"
+    rows = [row for row in classes.read_text().splitlines() if not row.startswith("50 ")]
+    lines(classes, sorted(rows))
+    copy = benchmark.check(tmp_path).require(allow_partial=True)
+    assert copy.found == {"train": Count(198, 99), "test": Count(200, 100)}
+    for path, part in zip(copy.images.paths, copy.split, strict=True):
+        assert part == ("train" if int(path.parent.name[:3]) <= 100 else "test")
+
+    lines(classes, [*rows[:-1], f"CC {cub_folder(200)}"])
+    text = refusal(benchmark.check(tmp_path), allow_partial=True)
+    says(text, f"wrong: {classes} has class numbers that are none: CC")
+
+
+def test_classes_that_were_joined_are_not_a_part(tmp_path):
+    """All images in fewer classes: the stamp could not tell them from the benchmark."""
+    benchmark = SOP.small()
+    SOP.make(tmp_path, entries_of(benchmark.counts))
+    products = tmp_path / SOP.folder / "Ebay_train.txt"
+    products.write_text(products.read_text().replace(" 1 1 bicycle", " 2 1 bicycle"))
+    text = refusal(benchmark.check(tmp_path), allow_partial=True)
+    says(text, "found: 200 training images of 99 classes", CHANGED)
+    assert "--allow-partial" not in text
 
 
 def test_numbers_that_are_none(tmp_path):
@@ -736,6 +859,10 @@ def test_mat_files_that_are_others(tmp_path):
         write_mat(file, changed, classes)
         says(refusal(benchmark.check(tmp_path)), f"wrong: {file}", problem)
         file.write_bytes(content)
+    train.write_bytes(content.replace(b"\n", b"\r\n"))  # fetched as if it were text
+    says(refusal(benchmark.check(tmp_path)), NO_MATLAB.format(path=train))
+    train.write_bytes(content)
+    (test.parent / "cars_annos.mat").write_bytes(b"of the other layout")
     test.rename(test.parent / "devkit" / test.name)
     benchmark.check(tmp_path).require()
 
@@ -790,15 +917,20 @@ def test_abe_data_check(abe, tmp_path, monkeypatch):
     assert "Traceback" not in said
 
 
-def test_abe_data_check_of_12_images(abe, tmp_path):
-    """Without their lists: nobody can tell what they are, but what there should be."""
-    for number in range(12):
-        folder = tmp_path / "images" / cub_folder(1)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 6)).save(folder / f"{number}.jpg")
+@pytest.mark.parametrize("lists", [True, False])
+def test_abe_data_check_of_12_images(lists, abe, tmp_path):
+    """Without their lists nobody can tell what they are, but what there should be."""
+    entries = entries_of(BENCHMARKS["cub200"].counts)
+    CUB.make(tmp_path, entries[:12])
+    CUB.write(tmp_path, entries)
+    if not lists:
+        (tmp_path / CUB.folder / "images.txt").unlink()
     status, printed, said = abe("data", "check", "cub200", "--root", tmp_path)
     assert (status, printed) == (2, "")
-    says(said, "5,864 training images", "5,924 test images", "there is no images.txt in ")
+    expected = "5,864 training images of 100 classes, 5,924 test images of 100 classes"
+    found = "12 training images of 1 classes" if lists else "0 training images of 0 classes"
+    reason = "missing files: 11,776 of 11,788: " if lists else "there is no images.txt in "
+    says(" ".join(said.split()), f"expected: {expected}", f"found: {found}", reason)
     assert "Traceback" not in said
 
 
@@ -892,7 +1024,58 @@ def test_broken_files_of_a_benchmark_are_skipped(cache, paint, tmp_path):
     assert (len(splits.train), len(splits.test), len(splits.gallery)) == (18, 17, 18)
     assert splits.test.labels.tolist() == np.delete(whole.test.labels, 4).tolist()
     assert splits.gallery.labels.tolist() == whole.gallery.labels.tolist()
-    assert splits.stamps == ()
+    assert whole.stamps == ()
+    assert splits.stamps == ("partial, 53 of 54",)
+
+
+def test_broken_files_count_as_missing_in_the_stamp(abe, paint, tmp_path, monkeypatch):
+    """From files and prepared, beside files that are not there and a stamp of its own."""
+    benchmark = replace(paint(SOP, tmp_path / "data"), stamp="not comparable")
+    BENCHMARKS["sop"] = benchmark  # `paint` puts the official one back
+    gone, *_, broken = sorted((tmp_path / "data" / SOP.folder).rglob("*.JPG"))
+    gone.unlink()
+    broken.write_bytes(b"")
+    skip = ("data.skip_broken=true", "data.allow_partial=true")
+    config = config_of(benchmark, tmp_path / "data", *skip)
+    stamps = ("not comparable", "partial, 34 of 36")
+    assert open_splits(config.data, "paper").stamps == stamps
+    assert benchmark.check(tmp_path / "data", decode=True).stamps == stamps
+
+    monkeypatch.chdir(tmp_path)
+    settings = ("--size", "40", "--out", "prepared", "--skip-broken", "--allow-partial")
+    assert abe("data", "prepare", "sop", "--root", "data", *settings)[0] == 0
+    splits = open_splits(DataConfig(source="prepared", resize=40, crop=32), "paper")
+    assert (splits.skipped, splits.stamps) == (1, stamps)
+
+
+def test_own_photographs_that_are_called_as_a_benchmark(tmp_path):
+    for number in range(4):
+        (tmp_path / "CUB-200-2011" / str(number)).mkdir(parents=True)
+        for name in ("a", "b", "c"):
+            Image.new("RGB", (8, 8)).save(tmp_path / "CUB-200-2011" / str(number) / f"{name}.png")
+    data = DataConfig(source=str(tmp_path / "CUB-200-2011"), resize=16, crop=8, val_classes=0.5)
+    assert open_splits(data, "paper").stamps == ()
+
+
+def test_names_of_files_command_no_terminal(tmp_path):
+    """ESC, in a file's name, a class folder's and a list's."""
+    benchmark = CUB.small()
+    entries = entries_of(benchmark.counts)
+    CUB.make(tmp_path, entries)
+    images = tmp_path / CUB.folder / "images.txt"
+    images.write_text(images.read_text().replace("Bird_train_0.jpg", "\x1b[2J.jpg"))
+    text = refusal(benchmark.check(tmp_path))
+    says(text, r"missing files: 1 of 400: images/001.Bird_1/\x1b[2J.jpg")
+    assert all(character == "\n" or character.isprintable() for character in text)
+    images.write_text(images.read_text().replace("001.Bird_1/\x1b", "\x1b"))
+    says(refusal(benchmark.check(tmp_path)), r": \x1b[2J.jpg is of class 1, but by classes.txt")
+
+    root = tmp_path / "cub200-2010"
+    for name in ("001.A", "1.\x1b[2J"):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 6)).save(root / name / "a.png")
+    text = refusal(BENCHMARKS["cub200-2010"].check(tmp_path))
+    says(text, r"1.\x1b[2J: class folders begin as 001.Name does")
 
 
 def test_where_a_copy_is_does_not_decide_a_result(paint, tmp_path):
@@ -978,3 +1161,53 @@ def test_stamps_follow_every_result(paint, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert f"Measured on {title}: " in page
     assert all(f'<span class="stamp">{stamp}</span>' in page for stamp in stamps)
+
+
+def numbered_path(entry: Entry) -> str:
+    number = entry.number if entry.part == "train" else 100 + entry.number
+    return f"{number:03d}.Class_{number}/{entry.place}.png"
+
+
+BIRDS = Layout("cub200-2010", lambda root, entries: root.mkdir(), numbered_path, "cub200-2010", ())
+VEHICLES = replace(BIRDS, benchmark="cars196-train-half", folder="cars196-train-half")
+
+
+def check_20_losses(abe, benchmark: Benchmark, root: Path, folder: Path) -> None:
+    """Those of a run on the files are those of one on what `abe data prepare` makes of them."""
+    prepared = folder / "prepared"
+    words = ("--root", root, "--size", 40, "--out", prepared)
+    assert abe("data", "prepare", benchmark.name, *words)[0] == 0
+    settings = ("train.steps=20", "train.eval_every=20", "train.log_every=1")
+    from_files = config_of(benchmark, root, *settings)
+    from_squares = from_files.with_overrides([f"data.source={prepared}", "data.root=null"])
+    records, losses = [], []
+    for run, config in ((folder / "files", from_files), (folder / "squares", from_squares)):
+        records.append(Trainer(config, run, Console(quiet=True)).fit())
+        log = read_json_lines(run / "metrics.jsonl")
+        losses.append([line["loss"] for line in log if "loss" in line])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 20
+    for key in ("data", "scores"):
+        assert records[0][key] == records[1][key]
+    data = records[0]["data"]
+    assert data["name"] == benchmark.title
+    assert tuple(data.get("stamps", ())) == tuple(filter(None, [benchmark.stamp]))
+    assert data["train_images"] + data["select_images"] == benchmark.counts["train"].images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [INSHOP, BIRDS, VEHICLES], ids=["inshop", "cub200-2010", "cars196-train-half"]
+)
+def test_20_losses_through_files_and_preparation(layout, abe, paint, tmp_path):
+    check_20_losses(abe, paint(layout, tmp_path / "data"), tmp_path / "data", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["cub200-2010", "cars196-train-half"])
+def test_20_losses_on_photographs(name, abe, tmp_path):
+    root = Path(os.environ["ABE_DATA_ROOT"])
+    if not (root / name).is_dir():
+        pytest.skip(f"there is no {root / name}")
+    check_20_losses(abe, BENCHMARKS[name], root, tmp_path)

@@ -255,8 +255,7 @@ def test_meta_json_without_a_part(key: str, tmp_path: Path) -> None:
         Checkpoint.load(path)
 
 
-def test_a_symbolic_link_is_no_way_out(tmp_path: Path) -> None:
-    """Nothing but the three files of the folder is read, whatever sha256 lists."""
+def test_only_the_folders_own_files_are_read_whatever_sha256_lists(tmp_path: Path) -> None:
     path = save(tmp_path)
     forge(path, sha256={"../../secret": "0" * 64})
     assert Checkpoint.load(path).model.keys() == MODEL.keys()
@@ -294,13 +293,36 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert Checkpoint.load(path).model["weight"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_a_step_is_replaced_leaves_the_old_one(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, model={"weight": torch.zeros(2)})
+    done = []
+
+    def rename(source: Path, target: Path) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(source.replace(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, model={"weight": torch.ones(2)})
+    for load in (load_latest, load_selected):
+        assert load(tmp_path).model["weight"].tolist() == [0, 0]
+    save(tmp_path, model={"weight": torch.ones(2)})
+    assert load_latest(tmp_path).model["weight"].tolist() == [1, 1]
+    assert list((tmp_path / "checkpoints").iterdir()) == [path]
+
+
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     save(tmp_path, step=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # bytes a file may have
     try:
         with pytest.raises(
-            InputError, match=r"model\.safetensors cannot be written \(.*\): make room for it"
+            InputError, match=r"step-00000002 cannot be written \(.*\): make room for it"
         ):
             save(tmp_path, step=2, model={"large": torch.zeros(10_000_000)})
     finally:
@@ -311,7 +333,7 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path: Path) ->
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(OSError, match="checkpoints"):
+    with pytest.raises(InputError, match=r"step-00000012 cannot be written \(.*checkpoints"):
         save(tmp_path)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -24,7 +25,8 @@ from abe.checkpoint import checkpoints
 from abe.runtime import read_json_lines
 
 ABE = Path(sys.executable).with_name("abe")
-VERBS = ("train", "eval", "report", "results", "demo", "summary", "config")
+VERBS = ("train", "eval", "report", "results", "demo", "summary", "config", "data")
+DATA_VERBS = ("check", "get", "list", "prepare", "verify")
 HEAVY = {"torch", "numpy", "matplotlib", "PIL", "sklearn", "safetensors", "jinja2"}
 TINY = [
     f"--set={setting}"
@@ -106,12 +108,12 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert "pydantic" not in imported or "train" in words  # typer's own, for a verb's parameters
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *(f"data {verb}" for verb in DATA_VERBS)])
 def test_every_verb_explains_itself(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert not abe_here(verb, "--help")
+    assert not abe_here(*verb.split(), "--help")
     shown = capsys.readouterr().out
     assert shown.startswith(f"Usage: abe {verb} ")
     for option in re.findall(r"^  (?:-\w, )?(--[\w-]+)(.*)$", shown, re.MULTILINE):
@@ -138,7 +140,10 @@ def test_train_prints_the_result_and_says_where_it_is(
 ) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "ABE-2^8" in trained.stdout
-    assert "photos: 16 test images of 4 classes not seen in training" in trained.stdout
+    summary = (
+        "photos: 16 test images of 4 classes not seen in training, unreadable files left out: 1;"
+    )
+    assert summary in " ".join(trained.stdout.split())
     assert trained.stdout.endswith("Run: runs/first\nResult added to runs/runs.jsonl\n")
     assert "Recall@1" not in trained.stdout
     assert re.findall(r"^step +(\d+)  Recall@1", trained.stderr, re.MULTILINE) == ["0", "2", "4"]
@@ -152,11 +157,18 @@ def test_train_prints_the_result_and_says_where_it_is(
 def test_eval_report_and_results_follow_it(
     trained: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
+    (first,) = read_json_lines(folder / "runs" / "runs.jsonl")
     scored = abe("eval", "runs/first", "--results", "again.jsonl", folder=folder)
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout.endswith("Result added to again.jsonl\n")
-    (again,), (first,) = (read_json_lines(folder / n) for n in ("again.jsonl", "runs/runs.jsonl"))
+    (again,) = read_json_lines(folder / "again.jsonl")
     assert again["scores"] == first["scores"]
+    for run, where in (
+        ("runs/first/checkpoints/step-00000004", folder),
+        (".", folder / "runs" / "first"),
+    ):
+        assert abe("eval", run, folder=where).returncode == 0
+    assert len(read_json_lines(folder / "runs" / "runs.jsonl")) == 3
 
     written = abe("report", "runs/first", "-o", "pages/[red].html", folder=folder)
     assert written.returncode == 0, written.stderr
@@ -173,6 +185,39 @@ def test_eval_report_and_results_follow_it(
     assert table.stdout.strip() in page.read_text()
     assert page.read_text().startswith("above\n")
     assert page.read_text().endswith("\nbelow\n")
+
+
+def test_a_place_for_results_that_cannot_be_written_is_told_before_training(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["train", "photos", "--run", "runs/lost", "--results", "photos", "--skip-broken"]
+    assert abe_here(*words, *TINY) == 2
+    assert "photos: Is a directory" in capsys.readouterr().err
+    assert not (folder / "runs" / "lost").exists()
+    assert abe_here("eval", "runs/absent") == 2
+    assert "runs/absent: there is no such run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_prints_the_table_and_ends_with_the_report_s_path(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    settings = [word for word in TINY if "weights" not in word and "learners" not in word]
+    assert abe_here("demo", "photos", "--skip-broken", *settings) == 0
+    shown = capsys.readouterr().out
+    for method in ("raw pixels", "pretrained start", "1-head^8", "ABE-4^8"):
+        assert method in shown
+    assert "photos: 16 test images of 4 classes" in " ".join(shown.split())
+    assert shown.splitlines()[-1] == "Report: demo/report.html"
+    assert "photos" in (folder / "demo" / "report.html").read_text()
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert abe_here("--version") == 0
+    assert capsys.readouterr().out == f"abe {project['version']}\n"
 
 
 def test_output_can_be_cut_by_head() -> None:
@@ -202,13 +247,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert printed == ""
     (line,) = [line for line in said.splitlines() if line.startswith("Stopped by SIGINT")]
     (step,) = re.findall(r"after step (\d+), saved\.", line)
-    (command,) = re.findall(r"To go on: (abe train --resume .*)$", line)
+    (command,) = re.findall(r"To go on: (.*abe train --resume .*)$", line)
     last = checkpoints(folder / run)[-1]
     assert last.name == f"step-{int(step):08d}"
 
     finish(folder / run, steps=int(step) + 1)
     name, *arguments = shlex.split(command)
-    assert name == "abe"
+    assert name == str(ABE)
     monkeypatch.chdir(folder)
     assert abe_here(*arguments) == 0
     assert "ABE-2^8" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -228,6 +229,20 @@ def test_digest_leaves_out_where_and_how_fast() -> None:
     ):
         assert config.with_overrides([assignment]).digest == config.digest, assignment
     assert "/here" not in json.dumps(config.portable())
+    here, there = (Config().with_overrides([f"model.weights=/{x}/net.onnx"]) for x in ("a", "b"))
+    assert here.digest == there.digest
+
+
+def test_anchored_paths_hold_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = Config().with_overrides(["data.source=birds", "model.weights=net.onnx"])
+    assert own.anchored().data.source == str(tmp_path / "birds")
+    assert own.anchored().model.weights == str(tmp_path / "net.onnx")
+    assert own.anchored().digest == own.digest
+    benchmark = Config().with_overrides(["data.source=cub200", "data.root=sets"]).anchored()
+    assert (benchmark.data.source, benchmark.data.root) == ("cub200", str(tmp_path / "sets"))
+    for named in (Config(), get_recipe("demo")):
+        assert named.anchored() == named
 
 
 # --- Recipes -----------------------------------------------------------------------------------

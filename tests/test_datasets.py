@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from abe.data import datasets
 from abe.data.datasets import (
     BrokenImagesError,
     ImageFiles,
@@ -16,7 +20,9 @@ from abe.data.datasets import (
     find_broken,
     image_csv,
     image_folder,
+    named,
     open_dataset,
+    progress,
     split_by_class,
 )
 from abe.data.decode import BrokenImageError
@@ -88,6 +94,15 @@ def test_natural_order_of_classes_and_files(tmp_path):
     assert [path.name for path in images.paths[:3]] == ["Image1.png", "image9.png", "image10.png"]
 
 
+def test_numbers_of_any_length_are_sorted(tmp_path):
+    names = ["0", "00", "1", "007", "8", "10", f"{'0' * 100}11", "9" * 200, f"1{'0' * 200}"]
+    for name in reversed(names):
+        paint(tmp_path / name / "1.png")
+    assert image_folder(tmp_path).class_names == names
+    long = [f"1{'0' * 5000}", "9" * 5000, "a"]
+    assert sorted(long, key=datasets._natural) == ["9" * 5000, f"1{'0' * 5000}", "a"]
+
+
 def test_suffixes_nested_folders_and_what_is_passed_over(tmp_path):
     for name in ("a/1.JPG", "a/x/y/2.jpeg", "a/x/3.webp", "b/4.gif", "b/5.tif", "b/6.BMP"):
         paint(tmp_path / name)
@@ -137,16 +152,62 @@ def test_names_that_look_like_something_else(tmp_path):
     assert find_broken(images) == {}
 
 
-def test_no_link_out_of_the_root_or_to_a_folder_is_followed(birds, tmp_path):
+def test_links_out_of_the_root_and_to_folders_are_broken_images(birds, tmp_path):
     outside = paint(tmp_path / "elsewhere" / "1.png")
-    for link, target in (
-        (birds / "wren" / "out.png", outside),
-        (birds / "owl", outside.parent),
-        (birds / "wren" / "again", birds / "wren"),
-    ):
+    links = {
+        birds / "wren" / "again": birds / "wren",
+        birds / "wren" / "elsewhere": outside.parent,
+        birds / "wren" / "folder.png": outside.parent,
+        birds / "wren" / "out.png": outside,
+        birds / "wren" / "over.png": birds / "wren" / "out.png",
+    }
+    for link, target in links.items():
         link.symlink_to(target)
-        assert_refused(image_folder, birds, says=[str(link), "is a link", "CSV"])
-        link.unlink()
+    images = image_folder(birds)
+    with pytest.raises(BrokenImagesError, match=r"\(5 of 11\).*--skip-broken") as error:
+        check_images(images, skip_broken=False)
+    assert {item.path for item in error.value.errors} == {*links}
+    reason = f"a link to a folder or out of {birds}, and none is followed"
+    assert {item.reason for item in error.value.errors} == {reason}
+    kept = images.select(check_images(images, skip_broken=True))
+    assert len(kept) == 6
+    assert not {*kept.paths} & {*links}
+
+
+def test_links_to_folders_in_place_of_class_folders(birds, tmp_path):
+    for name in ("owl", "rail"):
+        (birds / name).symlink_to(tmp_path)
+    says = [f"{birds} has links to folders (2), and none is followed", "CSV", ": owl, rail"]
+    assert_refused(image_folder, birds, says=says)
+
+
+@pytest.fixture
+def deep(birds):
+    """1,200 folders within each other, and an image in the last."""
+    folder = birds / "wren"
+    for _ in range(1200):
+        folder /= "d"
+        folder.mkdir()
+    yield paint(folder / "3.png")
+    subprocess.run(["rm", "-r", birds / "wren" / "d"], check=True)  # too deep for shutil
+
+
+def test_folders_of_any_depth(birds, deep):
+    images = image_folder(birds)
+    assert images.paths[-1] == deep
+    assert find_broken(images) == {}
+
+
+def test_images_of_other_formats_are_not_passed_over_in_silence(birds):
+    names = ("a.heic", "b.HEIC", "deep/c.avif", "d.png.txt", "Thumbs.db", ".e.heic", "f.json")
+    for name in names:
+        (birds / "wren" / name).parent.mkdir(exist_ok=True)
+        (birds / "wren" / name).touch()
+    (birds / "loose.heif").touch()
+    says = r"birds has images of formats that are not read.*\(2 \.heic, 1 \.heif, 1 \.avif\): save"
+    with pytest.warns(UserWarning, match=says) as warned:
+        assert len(image_folder(birds)) == 6
+    assert len(warned) == 1
 
 
 def test_folders_that_are_no_data_set(tmp_path):
@@ -238,6 +299,11 @@ def test_what_spreadsheets_write(birds):
     assert split.tolist() == ["train", "test", "train", "test"]
 
 
+def test_columns_of_ones_own_may_have_any_name(birds):
+    rows = "path,label,,,note,note\nwren/1.png,a,,,1,2\nauk/1.png,b,,,3,4\n"
+    assert len(image_csv(write_csv(birds, rows))[0]) == 2
+
+
 def test_paths_may_lead_anywhere(birds, tmp_path):
     other = tmp_path / "lists"
     other.mkdir()
@@ -273,6 +339,14 @@ def test_boxes(tmp_path):
         ("file,label\na,b\n", "has no column path: its first line is 'file,label'"),
         ("path;label\n1;2\n", "has no column path, label: its first line is 'path;label'"),
         ("path,label,x1,y1\n", "has no column x2, y2"),
+        ("path,label,split,Label, path\n", "has more than one column path, label: rename"),
+        ("path,label\nwren/1.png,a\nauk/1.png,b\nwren/1.png,a\n", "lines 2 and 4: "),
+        ("path,label\nwren/1.png,a\nauk/../wren/1.png,b\n", "lines 2 and 3: "),
+        ("path,label,split\nwren/1.png,a,train\nwren/1.png,a,test\n", "lines 2 and 3: "),
+        (
+            "path,label,x1,y1,x2,y2\nwren/1.png,a,1,2,3,4\nwren/1.png,b,1,2,3,4.0\n",
+            "lists 1 images, or boxes of images, more than once; keep one line of each: lines 2",
+        ),
         ("path,label\n", "lists no images"),
         ("path,label\n\n,\n", "line 3: no path and no label"),
         ("path,label\nwren/1.png\n", "line 2: no label"),
@@ -312,7 +386,7 @@ def test_all_missing_images_are_listed(birds):
     write_csv(birds, rows + "".join(f"{number}.png,c\n" for number in range(1000)))
     with pytest.raises(BrokenImagesError) as error:
         image_csv(path)
-    assert len(str(error.value).splitlines()) == 1 + 20 + 1
+    assert len(str(error.value).splitlines()) == 1 + 1003
     assert len(error.value.errors) == 1003
 
 
@@ -415,13 +489,31 @@ def test_broken_files_stop_with_a_list_or_are_skipped(birds, capfd):
     assert capfd.readouterr() == ("", "")  # the progress bar is for terminals
 
 
-def test_a_long_list_is_cut_and_the_error_has_all(birds):
+def test_a_long_list_has_all_of_them(birds):
     broken = damage(birds, 60)
     with pytest.raises(BrokenImagesError) as error:
         check_images(image_folder(birds), skip_broken=False)
-    assert len(str(error.value).splitlines()) == 1 + 20 + 1
-    assert str(error.value).endswith("and 40 more")
+    lines = str(error.value).splitlines()[1:]
+    assert [line.partition(": ")[0] for line in lines] == [str(path) for path in broken]
     assert [item.path for item in error.value.errors] == broken
+
+
+def test_a_name_adds_no_line_to_the_list(birds):
+    for name in ("\x1b[2J.png", "x.png: all fine\n\nDone.png"):
+        (birds / "wren" / name).touch()
+    with pytest.raises(BrokenImagesError) as error:
+        check_images(image_folder(birds), skip_broken=False)
+    first, *lines = str(error.value).splitlines()
+    assert "(2 of 8)" in first
+    assert [line.partition(": damaged")[0] for line in lines] == [
+        rf"{birds}/wren/\x1b[2J.png",
+        rf"{birds}/wren/x.png: all fine\n\nDone.png",
+    ]
+
+
+def test_the_first_names():
+    assert named(["a", "b\n"]) == r"a, b\n"
+    assert named(range(1022), "\n").splitlines() == [*map(str, range(20)), "and 1,002 more"]
 
 
 def test_a_class_that_had_one_image_from_the_start(birds):
@@ -491,3 +583,30 @@ def test_a_box_beside_its_image_is_broken(birds):
     found = find_broken(images)
     assert list(found) == [1]
     assert "the box 50,0,60,2 holds none of its 8 x 6 pixels" in str(found[1])
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+
+def test_progress_off_a_terminal_is_a_line_a_minute(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(datasets.time, "monotonic", lambda: now)
+    shown = io.StringIO()
+    with progress(Console(file=shown), "reading", 1000) as on_progress:
+        for done in range(1, 1001):
+            now += 0.125  # seconds
+            on_progress(done)
+    assert shown.getvalue().splitlines() == [
+        "reading: 480 of 1,000",
+        "reading: 960 of 1,000",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    shown = io.StringIO()
+    with progress(Console(file=shown, force_terminal=True), "reading", 4) as on_progress:
+        on_progress(2)
+    assert "reading" in shown.getvalue()
+    assert "50%" in shown.getvalue()
+    with progress(None, "reading", 4) as on_progress:
+        on_progress(2)

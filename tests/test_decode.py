@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import resource
 import struct
+import threading
+import time
 import zlib
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from abe.data.decode import BrokenImageError, read_image
+from abe.data import decode
+from abe.data.decode import BrokenImageError, ReadingError, printable, read_image, use_image
 
 LOSSLESS = {
     "PNG": {},
@@ -203,6 +210,13 @@ def test_a_dark_16_bit_image_stays_dark(tmp_path):
     assert read(path).max() == 1
 
 
+def test_a_transparent_grey_of_16_bits(tmp_path):
+    values = np.array([[0, 1000, 40000, 1001, 65535]], np.uint16)
+    path = save(tmp_path / "image.png", Image.fromarray(values), transparency=1000)
+    assert stored_mode(path) == "I;16"
+    np.testing.assert_array_equal(read(path), grey([[0, 255, 156, 4, 255]]))
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -232,6 +246,19 @@ def test_grey_of_32_bits_has_white_at_1_255_or_65535(tmp_path, values, expected)
 )
 def test_grey_without_a_known_range(tmp_path, values, reason):
     assert_broken(save(tmp_path / "image.tif", Image.fromarray(values)), reason)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I", "F"])
+def test_an_image_of_several_strips(tmp_path, monkeypatch, mode):
+    if mode in ("RGBA", "LA"):
+        image = Image.fromarray(noise(channels=4)).convert(mode)
+    else:
+        image = Image.fromarray(noise(channels=1)).convert(mode)
+    options = {"transparency": 7} if mode in ("P", "I;16") else {}
+    path = save(tmp_path / f"image.{'png' if options else 'tif'}", image, **options)
+    whole = read(path)
+    monkeypatch.setattr(decode, "_STRIP", 50)  # pixels: 3 of 12 rows
+    np.testing.assert_array_equal(read(path), whole)
 
 
 def png(width, height, bits, color_type, rows):
@@ -378,6 +405,7 @@ def test_files_that_are_not_there_or_no_images(tmp_path):
     assert_broken(tmp_path, "Is a directory")
     os.mkfifo(tmp_path / "pipe.png")
     assert_broken(tmp_path / "pipe.png", "a pipe, which would be waited for")
+    assert_broken(Path("/dev/zero"), "a device")
     for content in (b"", b"\xff\xd8", b"GIF89a", b"<svg/>", bytes(1000)):
         (tmp_path / "image.png").write_bytes(content)
         assert_broken(tmp_path / "image.png", "damaged, or neither JPEG, .*, GIF nor TIFF")
@@ -472,3 +500,108 @@ def test_an_error_keeps_nothing_of_what_was_read(tmp_path):
     path = save(tmp_path / "image.bmp", Image.fromarray(noise(60, 50)))
     path.write_bytes(path.read_bytes()[:-100])
     assert assert_broken(path, "truncated").__context__ is None
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path):
+    for name, shown in (
+        ("\x1b[2J.png", r"\x1b[2J.png"),
+        ("x.png: all fine\n\nDone.png", r"x.png: all fine\n\nDone.png"),
+        (os.fsdecode(b"\xff.png"), r"\udcff.png"),
+        ("\u202egnp.png", r"\u202egnp.png"),
+        ("Zaunkönig ミソサザイ.png", "Zaunkönig ミソサザイ.png"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(BrokenImageError) as error:
+            read_image(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path}/{shown}: damaged, or neither")
+        assert error.value.path == tmp_path / name
+        assert printable(printable(name)) == shown
+    assert BrokenImageError(Path("a"), "\x07").reason == r"\x07"
+
+
+# --- what is not the file's fault --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.ESTALE])
+def test_a_failing_disk_breaks_no_image(tmp_path, monkeypatch, number):
+    def fail(image):
+        raise OSError(number, os.strerror(number))
+
+    path = save(tmp_path / "image.png", Image.fromarray(noise()))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ReadingError) as error:
+        read_image(path)
+    assert (error.value.errno, error.value.filename) == (number, str(path))
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert (type(copy), str(copy)) == (ReadingError, str(error.value))
+
+
+def test_too_many_open_files_break_no_image(tmp_path):
+    path = save(tmp_path / "image.png", Image.fromarray(noise()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(ReadingError, match=os.strerror(errno.EMFILE)) as error:
+            read_image(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert error.value.filename == str(path)
+
+
+@pytest.mark.parametrize("name", ["ImageFile.ImageFile.load", "ImageOps.exif_transpose"])
+def test_too_little_memory_breaks_no_image(tmp_path, monkeypatch, name):
+    def fail(*_, **__):
+        raise MemoryError
+
+    path = save(tmp_path / "image.png", Image.fromarray(noise()))
+    monkeypatch.setattr(f"PIL.{name}", fail)
+    with pytest.raises(MemoryError, match=r"image\.png: too little memory"):
+        read_image(path)
+
+
+def test_what_may_not_be_read_is_broken(tmp_path, monkeypatch):
+    """Here by a patch, because root may read everything."""
+
+    def fail(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    path = save(tmp_path / "image.png", Image.fromarray(noise()))
+    monkeypatch.setattr(Image, "open", fail)
+    assert_broken(path, "Permission denied")
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def test_a_file_of_gigabytes_is_not_opened(tmp_path, monkeypatch):
+    path = tmp_path / "image.webp"
+    with path.open("wb") as file:
+        file.write(b"RIFF\0\0\0\xc0WEBPVP8 ")
+        file.truncate(3 * 2**30)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    assert_broken(path, "3,072 MiB are more than the 512 that an image may take")
+
+
+@pytest.mark.parametrize("limit", ["_LARGE_PIXELS", "_LARGE_BYTES"])
+def test_one_large_image_is_in_memory_at_a_time(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(decode, limit, 239)
+    path = save(tmp_path / "image.png", Image.fromarray(noise()))
+    inside = threading.Semaphore()
+
+    def use(image):
+        assert inside.acquire(blocking=False)
+        time.sleep(0.01)
+        inside.release()
+        return image.size
+
+    with ThreadPool(4) as pool:
+        assert pool.map(lambda _: use_image(path, None, use), range(8)) == [(20, 12)] * 8
+
+
+def test_small_images_are_decoded_side_by_side(tmp_path):
+    path = save(tmp_path / "image.png", Image.fromarray(noise()))
+    both = threading.Barrier(2, timeout=30)
+    with ThreadPool(2) as pool:
+        pool.map(lambda _: use_image(path, None, lambda image: both.wait()), range(2), chunksize=1)

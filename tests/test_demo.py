@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from abe.data.synthetic import SyntheticVehicles
 from abe.demo import run_demo
+from abe.errors import InputError
 from abe.recipes import demo
 from abe.train import Trainer
 
@@ -69,3 +72,26 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     records, _ = run_demo(TINY, tmp_path, SILENT)
     assert len(records) == 4
     assert resumed == ["1-head"]
+
+
+@pytest.mark.slow
+def test_folders_of_one_name_are_different_demos(tmp_path: Path) -> None:
+    """And 8 classes are enough for one."""
+    scores = []
+    for where in ("here", "there"):
+        images = SyntheticVehicles(8, 4, size=48, seed=len(where))
+        for index in range(len(images)):
+            file = tmp_path / where / "photos" / str(images.labels[index]) / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            images.load(index).save(file)
+        base = TINY.with_overrides(
+            [f"data.source={tmp_path / where / 'photos'}", "train.batch_size=64"]
+        )
+        records, _ = run_demo(base, tmp_path / "demo", SILENT)
+        scores.append([record["scores"] for record in records])
+        assert records[-1]["config"]["train"]["batch_size"] == 8
+    assert scores[0] != scores[1]
+
+    shutil.rmtree(file.parent)
+    with pytest.raises(InputError, match=r"\(to begin the demo anew, remove .*demo/\w+-\w+\)$"):
+        run_demo(base, tmp_path / "demo", SILENT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import http.server
 import io
@@ -27,22 +26,51 @@ from abe.download import RemoteFile
 from abe.errors import InputError
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the files of a folder, or their ends.
+
+    Attributes:
+        cut: after how many bytes connections are closed; None: when all is sent.
+        requested: Range headers of the requests so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.cut: int | None = None
+        self.requested: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.server.requested.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        content = (self.server.folder / self.path[1:]).read_bytes()[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: self.server.cut])
+
     def log_message(self, *args: object) -> None:
         pass
 
 
 @pytest.fixture
-def published(tmp_path, monkeypatch) -> Iterator[tuple[Path, str]]:
-    """A folder and the address that it is served at."""
+def server(tmp_path, monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "published"
     folder.mkdir()
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Server(folder) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
+        yield server
         server.shutdown()
         thread.join()
 
@@ -85,33 +113,48 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=[zipped, tarred], ids=["zip", "tgz"])
-def products(request, published, monkeypatch) -> Benchmark:
-    """A benchmark of 2 images that is fetched from `published`."""
-    folder, url = published
+def products(request, server, monkeypatch) -> Benchmark:
+    """A benchmark of 2 images that is fetched from `server`."""
     name = "products.zip" if request.param is zipped else "products.tgz"
-    archive = request.param(folder / name, CONTENT)
+    archive = request.param(server.folder / name, CONTENT)
     checksum = f"sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}"
-    file = RemoteFile(name, f"{url}/{name}", archive.stat().st_size, checksum)
+    file = RemoteFile(name, f"{server.url}/{name}", archive.stat().st_size, checksum)
     counts = {"train": Count(1, 1), "test": Count(1, 1)}
     benchmark = replace(BENCHMARKS["sop"], counts=counts, files=(file,))
     monkeypatch.setitem(benchmarks.BENCHMARKS, "sop", benchmark)
     return benchmark
 
 
-def test_get_fetches_unpacks_and_checks(products, published, tmp_path):
+def test_get_fetches_unpacks_and_checks(products, server, tmp_path):
     root = tmp_path / "new" / "root"
     copy = get("sop", root)
     assert copy.complete
     [file] = products.files
     assert tree(root) == {file.name: (root / file.name).read_bytes(), **CONTENT}
-    shutil.rmtree(published[0])  # a complete copy is left alone
+    shutil.rmtree(server.folder)  # a complete copy is left alone
     assert get("sop", root).complete
 
 
-def test_get_goes_on_with_an_unpacking_that_stopped(products, published, tmp_path):
+def test_get_goes_on_with_a_download_that_broke_off(products, server, tmp_path):
     [file] = products.files
-    shutil.copy(published[0] / file.name, tmp_path)  # put there by hand
-    shutil.rmtree(published[0])
+    root = tmp_path / "root"
+    server.cut = file.size // 2
+    with pytest.raises(InputError, match=r"bytes too early.*Run the same again to continue it"):
+        get("sop", root)
+    whole = (server.folder / file.name).read_bytes()
+    assert tree(root) == {f"{file.name}.part": whole[: server.cut]}
+
+    rest = f"bytes={server.cut}-"
+    server.cut = None
+    assert get("sop", root).complete
+    assert server.requested == [None, rest]
+    assert tree(root) == {file.name: whole, **CONTENT}
+
+
+def test_get_goes_on_with_an_unpacking_that_stopped(products, server, tmp_path):
+    [file] = products.files
+    shutil.copy(server.folder / file.name, tmp_path)  # put there by hand
+    shutil.rmtree(server.folder)
     image = tmp_path / "Stanford_Online_Products" / "mug final" / "1.JPG"
     image.parent.mkdir(parents=True)
     image.with_name("1.JPG.part").write_bytes(b"half")
@@ -128,10 +171,9 @@ def test_a_file_put_there_by_hand_is_verified(products, tmp_path):
     assert not (tmp_path / "Stanford_Online_Products").exists()
 
 
-def test_what_is_published_is_not_the_whole(published, tmp_path, monkeypatch):
-    folder, url = published
-    zipped(folder / "products.zip", dict(list(CONTENT.items())[:3]))
-    file = RemoteFile("products.zip", f"{url}/products.zip", None, None)
+def test_what_is_published_is_not_the_whole(server, tmp_path, monkeypatch):
+    zipped(server.folder / "products.zip", dict(list(CONTENT.items())[:3]))
+    file = RemoteFile("products.zip", f"{server.url}/products.zip", None, None)
     counts = {"train": Count(1, 1), "test": Count(1, 1)}
     benchmark = replace(BENCHMARKS["sop"], counts=counts, files=(file,))
     monkeypatch.setitem(benchmarks.BENCHMARKS, "sop", benchmark)
@@ -177,6 +219,32 @@ def test_no_room(tmp_path, monkeypatch):
         get("sop", tmp_path / "new")
 
 
+def test_room_is_needed_for_what_is_not_there_yet(products, server, tmp_path, monkeypatch):
+    """Twice the archive, less what was fetched, and then less what was unpacked of it."""
+    [file] = products.files
+    part = tmp_path / f"{file.name}.part"
+    part.write_bytes((server.folder / file.name).read_bytes()[:100])
+    usage = shutil.disk_usage(tmp_path)
+
+    def free(count: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=count))
+
+    free(2 * file.size - 101)
+    with pytest.raises(InputError, match="sop needs about"):
+        get("sop", tmp_path)
+    free(2 * file.size - 100)
+    assert get("sop", tmp_path).complete
+    assert server.requested == ["bytes=100-"]
+
+    image = tmp_path / "Stanford_Online_Products" / "mug final" / "2.JPG"
+    image.unlink()
+    free(file.size - len(jpeg()) - 1)
+    with pytest.raises(InputError, match="sop needs about"):
+        get("sop", tmp_path)
+    free(file.size - len(jpeg()))
+    assert get("sop", tmp_path).complete
+
+
 def test_every_file_of_the_table():
     documented = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     for benchmark in BENCHMARKS.values():
@@ -198,7 +266,8 @@ def test_every_file_of_the_table():
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.txt", "/{outside}/out.txt", "a/../../out.txt", "link/out"]
+    "name",
+    ["../out.txt", "/{outside}/out.txt", "a/../../out.txt", "link/out", ".", "a/..", "loop/../.."],
 )
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_no_file_lands_outside(pack, name, tmp_path):
@@ -207,12 +276,52 @@ def test_no_file_lands_outside(pack, name, tmp_path):
     outside.mkdir()
     inside.mkdir()
     (inside / "link").symlink_to(outside)
+    (inside / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
     name = name.replace("/{outside}", str(outside))
     archive = pack(tmp_path / f"evil.{'zip' if pack is zipped else 'tgz'}", {name: b"evil"})
     with pytest.raises(InputError, match="would land outside"):
         unpack(archive, inside)
     assert tree(inside) == {} == tree(outside)
-    assert not (tmp_path / "out.txt").exists()
+    assert sorted(tmp_path.iterdir()) == sorted([*before, archive])
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_a_link_in_place_of_the_part_is_not_written_through(pack, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "x.jpg.part").symlink_to("../victim")
+    archive = pack(tmp_path / f"fine.{'zip' if pack is zipped else 'tgz'}", {"x.jpg": b"picture"})
+    unpack(archive, inside)
+    assert victim.read_bytes() == b"precious"
+    assert tree(inside) == {"x.jpg": b"picture"}
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_links_that_lead_to_themselves(pack, tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "loop").symlink_to("loop")
+    suffix = "zip" if pack is zipped else "tgz"
+    archive = pack(tmp_path / f"within.{suffix}", {"loop/x.jpg": b"picture"})
+    with pytest.raises(InputError, match=rf"cannot be unpacked in {inside}: .*{inside / 'loop'}"):
+        unpack(archive, inside)
+    unpack(pack(tmp_path / f"instead.{suffix}", {"loop": b"picture"}), inside)
+    assert tree(inside) == {"loop": b"picture"}
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    name = tarfile.TarInfo("x")
+    name.pax_headers = {"path": "a\0b"}
+    with pytest.raises(InputError, match=r"names\.tgz is damaged \(embedded null byte\)"):
+        unpack(tarred(tmp_path / "names.tgz", {"x": name}), tmp_path / "root")
+
+    archive = zipped(tmp_path / "names.zip", {"ä": b"content"})
+    archive.write_bytes(archive.read_bytes().replace("ä".encode(), b"\xff\xff"))
+    with pytest.raises(InputError, match=r"names\.zip is damaged \('utf-8' codec can't decode"):
+        unpack(archive, tmp_path / "root")
 
 
 def test_links_and_devices_are_left_out(tmp_path):
@@ -242,15 +351,32 @@ def test_damaged_archives(pack, tmp_path):
     suffix = "zip" if pack is zipped else "tgz"
     archive = pack(tmp_path / f"damaged.{suffix}", {"a": os.urandom(5000), "b": os.urandom(5000)})
     content = archive.read_bytes()
-    changed = content[:3000] + bytes([content[3000] ^ 1]) + content[3001:]
-    for damaged in (b"", b"<html>", content[:6000], *([changed] * (pack is zipped))):
+
+    def flipped(place: int) -> bytes:
+        changed = bytearray(content)
+        changed[place] ^= 1
+        return bytes(changed)
+
+    trailer = [flipped(-6)] * (pack is tarred)  # where gzip has its checksum
+    for damaged in (b"", b"<html>", content[:6000], content[:-4], flipped(3000), *trailer):
         archive.write_bytes(damaged)
-        with pytest.raises(InputError, match=f"damaged.{suffix} "):
+        with pytest.raises(InputError, match=rf"damaged\.{suffix} is damaged \(.*fetch it again"):
             unpack(archive, tmp_path / "root")
     archive.write_bytes(content)
-    (tmp_path / "root" / "a").unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "root")
     (tmp_path / "root" / "a" / "x").mkdir(parents=True)
     with pytest.raises(InputError, match=r"cannot be unpacked in .*directory"):
+        unpack(archive, tmp_path / "root")
+
+
+def test_a_damaged_archive_of_another_compression(tmp_path):
+    archive = tmp_path / "lzma.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("a", bytes(range(256)) * 20)
+    content = bytearray(archive.read_bytes())
+    content[60] ^= 255
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match=r"lzma\.zip is damaged \(Corrupt input data\)"):
         unpack(archive, tmp_path / "root")
 
 

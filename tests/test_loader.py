@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from abe.data.datasets import BrokenImagesError, image_folder
-from abe.data.decode import BrokenImageError
+from abe.data.decode import BrokenImageError, ReadingError
 from abe.data.loader import cache_decoded, evaluation_batches, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.transforms import Preprocessing, center_crop, pad_to_square
@@ -192,6 +193,20 @@ def test_a_file_that_breaks_on_the_way_is_named_by_the_one_error(images, workers
     assert "Traceback" not in str(error.value)
     del error
     assert no_workers_left()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_fails_is_no_broken_file(images, workers, monkeypatch):
+    def fail(image):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(ReadingError) as error:
+        next(evaluation_batches(images, PREPROCESSING, batch_size=8, workers=workers))
+    assert (error.value.errno, error.value.filename) == (errno.EIO, str(images.paths[0]))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: bytearray(2**60))
+    with pytest.raises(MemoryError, match=f"{images.paths[0]}: too little memory"):
+        next(evaluation_batches(images, PREPROCESSING, batch_size=8, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -173,6 +173,7 @@ def test_numpy_arrays_are_taken_as_well():
 
 @pytest.mark.parametrize("separate_gallery", [True, False])
 def test_against_pytorch_metric_learning(separate_gallery):
+    """Of Recall@K it knows K = 1 alone, as "precision_at_1"; the others are held by the loop."""
     from pytorch_metric_learning.distances import LpDistance
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
@@ -217,6 +218,43 @@ def test_nmi_is_that_of_the_clusters():
     assert nmi(embeddings.bfloat16().requires_grad_(), labels) == pytest.approx(expected)
 
 
+@given(st.data(), st.integers(2, 6))
+def test_nmi_is_its_definition_and_that_of_pytorch_metric_learning(data, count):
+    """k-means finds any clusters whose points coincide; as many as there are classes."""
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    def assignment():
+        more = data.draw(st.lists(st.integers(0, count - 1), min_size=num_more, max_size=num_more))
+        return np.array(data.draw(st.permutations([*range(count), *more])))
+
+    num_more = data.draw(st.integers(0, 12))
+    labels, clusters = assignment(), assignment()
+    embeddings = 10 * np.eye(count)[clusters]
+
+    joint = np.zeros((count, count))
+    for label, cluster in zip(labels, clusters, strict=True):
+        joint[label, cluster] += 1 / len(labels)
+    information, entropies = 0.0, 0.0
+    for i in range(count):
+        for p in (joint[i].sum(), joint[:, i].sum()):
+            entropies -= p * np.log(p)
+        for j in range(count):
+            if joint[i, j] > 0:
+                independent = joint[i].sum() * joint[:, j].sum()
+                information += joint[i, j] * np.log(joint[i, j] / independent)
+    measured = nmi(embeddings, labels)
+    assert measured == pytest.approx(2 * information / entropies, abs=1e-12)
+
+    calculator = AccuracyCalculator(
+        include=("NMI",),
+        device=torch.device("cpu"),
+        knn_func=lambda *args: None,
+        kmeans_func=lambda *args: clusters,
+    )
+    theirs = calculator.get_accuracy(torch.as_tensor(embeddings), torch.as_tensor(labels))
+    assert measured == pytest.approx(theirs["NMI"], abs=1e-12)
+
+
 def test_nmi_repeats_with_its_seed_and_knows_noise_from_classes():
     embeddings, labels = clustered(noise=0.4)
     assert nmi(embeddings, labels, seed=3) == nmi(embeddings, labels, seed=3)
@@ -240,6 +278,11 @@ def test_nmi_refuses_what_is_not_finite():
         ((torch.ones(5, 2), torch.zeros(5)), [5], "k=5, but a query has only 4 candidates"),
         ((torch.ones(5, 2), torch.zeros(5)), [0, 1], r"ks=\[0, 1\]: give at least one K"),
         ((torch.ones(5, 2), torch.zeros(5)), [], r"ks=\[\]"),
+        ((torch.ones(5, 2), torch.zeros(5)), 1, r"ks=1: give at least one K, .* as in \[1, 2"),
+        ((torch.ones(5, 2), torch.zeros(5)), [1, 1.5], r"ks=\[1, 1.5\]"),
+        ((torch.ones(5, 2), torch.zeros(5)), "12", "ks=12"),
+        ((torch.ones(0, 2), torch.zeros(0)), [1], r"\(0, 2\) and \(0,\): .* none of them 0"),
+        ((np.ones((5, 0)), np.zeros(5)), [1], r"shapes \(5, 0\)"),
         ((torch.ones(5, 2), torch.zeros(4)), [1], r"query and its labels have shapes \(5, 2\)"),
         ((torch.ones(5), torch.zeros(5)), [1], r"expected \(images, size\) and \(images,\)"),
         ((torch.ones(5, 2), torch.arange(5)), [1], "none of the 5 queries has its label"),
@@ -248,6 +291,25 @@ def test_nmi_refuses_what_is_not_finite():
 def test_what_cannot_be_measured(args, ks, message):
     with pytest.raises(InputError, match=message):
         recall_at_k(*args, ks)
+
+
+@pytest.mark.parametrize("kind", [list, np.array], ids=["list", "array"])
+def test_labels_may_be_strings(kind):
+    embeddings, labels = clustered(noise=1.2)
+    names = kind([f"class {label}" for label in labels.tolist()])
+    assert recall_at_k(embeddings, names, [1, 4]) == recall_at_k(embeddings, labels, [1, 4])
+    assert map_at_r(embeddings, names, embeddings, names) == map_at_r(
+        embeddings, labels, embeddings, labels
+    )
+    assert nmi(embeddings, names) == pytest.approx(nmi(embeddings, labels))
+
+
+def test_an_empty_gallery_or_clustering():
+    embeddings, labels = clustered()
+    with pytest.raises(InputError, match=r"gallery and its labels have shapes \(0, 12\)"):
+        recall_at_k(embeddings, labels, [1], embeddings[:0], labels[:0])
+    with pytest.raises(InputError, match=r"embeddings and its labels have shapes \(0, 12\)"):
+        nmi(embeddings[:0], labels[:0])
 
 
 def test_a_gallery_comes_with_its_labels():

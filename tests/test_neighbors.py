@@ -98,6 +98,18 @@ def test_rounding_makes_no_distance_negative():
     torch.testing.assert_close(scores, torch.zeros(50, 1), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("own_gallery", [True, False])
+def test_euclidean_tells_the_vectors_of_a_collapsed_network_apart(own_gallery):
+    """Unit vectors, all but one within 1e-5 of each other, where float32 ends at 1e-7."""
+    vectors = F.normalize(F.normalize(torch.ones(64), dim=0) + 1e-6 * random_vectors(300, 64))
+    vectors[0] *= -1
+    query, gallery = (vectors, None) if own_gallery else (vectors[:100], vectors[100:])
+    expected_scores, expected_indices = oracle(query, gallery, 10, "euclidean")
+    scores, indices = nearest_neighbors(query, gallery, 10, similarity="euclidean")
+    assert (indices[1:] == expected_indices[1:]).float().mean() > 0.99
+    torch.testing.assert_close(scores[1:].double(), expected_scores[1:], rtol=1e-4, atol=0)
+
+
 def test_for_unit_vectors_both_similarities_agree():
     query, gallery = (F.normalize(random_vectors(n, seed=n).double(), dim=1) for n in (20, 60))
     inner = nearest_neighbors(query, gallery, 10)
@@ -111,7 +123,7 @@ def test_for_other_vectors_they_differ():
     assert nearest_neighbors(query, gallery, 1).indices.item() == 0
     nearest = nearest_neighbors(query, gallery, 1, similarity="euclidean")
     assert nearest.indices.item() == 1
-    assert nearest.scores.item() == pytest.approx(-0.01)
+    assert nearest.scores.item() == pytest.approx(-0.01, abs=1e-5)
 
 
 def test_scores_are_float32_under_autocast_and_for_half_precision():

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -110,11 +111,13 @@ def write_scores(
     method: str | None = None,
 ) -> Path:
     splits = open_splits(config.data, config.protocol)
+    ks = [k for k in splits.ks if k < len(splits.test)]
     record = result_record(
         config,
-        scores=score(embeddings, splits.test.labels),
+        scores=score(embeddings, splits.test.labels, ks),
         best=best,
         data=splits.describe(),
+        images_digest=splits.digest,
         weights=None,
         environment=environment(torch.device("cpu")) | {"precision": "fp32"},
         method=method,
@@ -178,6 +181,15 @@ def copy(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to))
 
 
+def elsewhere(run: Path, source: Path) -> Path:
+    """A run whose images are at `source`, by a record that does not know which they were."""
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["source"] = str(source)
+    write_json(run / "config.json", config)
+    write_json(run / "result.json", record(run) | {"images_digest": None})
+    return run
+
+
 def test_finding_names_the_scores(page: str, runs: dict[str, Path]) -> None:
     (heading,) = re.findall(r"<h1>.*?</h1>", page, re.S)
     percent = {n: 100 * record(r)["scores"]["ensemble"]["recall@1"] for n, r in runs.items()}
@@ -232,6 +244,17 @@ def test_line_chart_maps_steps_and_values() -> None:
     long = figures.line_chart("t", "u", {"a": ("s", [(step, 1.0) for step in range(100_000)])})
     assert long is not None
     assert long.marks[0].path.count("L") < figures.DRAWN_POINTS
+
+
+@pytest.mark.parametrize(
+    "values", [(6.85505,), (0.0,), (50.0,), (-1.0, -1.0), (1e6 + 0.1, 1e6 + 0.2), (6.85505, 6.8551)]
+)
+def test_ticks_of_a_flat_line_read_differently(values: tuple[float, ...]) -> None:
+    chart = figures.line_chart("t", "u", {"a": ("s", list(enumerate(values)))})
+    assert chart is not None
+    shown = [f"{tick:,g}" for tick in chart.y.ticks]  # as the template has it
+    assert len(set(shown)) == len(shown) >= 3
+    assert chart.y.low <= min(values) <= max(values) <= chart.y.high
 
 
 def test_histogram_counts_each_pair_once() -> None:
@@ -350,6 +373,40 @@ def test_page_escapes_what_users_name(page: str) -> None:
     assert HOSTILE not in page
     assert "<img src=x" not in page
     assert html.unescape(page.replace("<wbr>", "")).count(HOSTILE) > 0
+
+
+def test_names_that_are_not_utf_8_are_shown_by_their_bytes(
+    data: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    birds = copy(data, tmp_path / "birds")
+    name, file = os.fsdecode(b"h_\xff"), os.fsdecode(b"g_0\xff.png")
+    (birds / HOSTILE).rename(birds / name)
+    (birds / "g" / "g_0.png").rename(birds / "g" / file)
+    write_report([elsewhere(copy(runs["abe"], tmp_path / "run"), birds)], tmp_path / "report.html")
+    assert r"h_\udcff" in (tmp_path / "report.html").read_text("utf-8").replace("<wbr>", "")
+
+
+def test_fewer_queries_than_are_shown(data: Path, tmp_path: Path) -> None:
+    """The smallest test is of two pairs."""
+    learned = [f"{name}/{name}_{number}.png,{name},train" for name in "abcd" for number in (0, 1)]
+    tested = [f"g/g_{number}.png,{name},test" for number, name in enumerate("xxyy")]
+    file = copy(data, tmp_path / "birds") / "few.csv"
+    file.write_text("\n".join(["path,label,split", *learned, *tested]))
+    run = make_run(tmp_path / "run", configuration(file), 0.5)
+    write_report([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "of 4 queries" in text(page)
+    right = round(4 * record(run)["scores"]["ensemble"]["recall@1"])
+    queries = re.findall(r'alt="query (.*?)"', section(page, "neighbours"))
+    assert len(set(queries)) == len(queries) == right + min(2, 4 - right)
+
+
+def test_queries_without_a_match_are_refused(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abe.report.html._has_match", lambda splits: np.zeros(20, bool))
+    with pytest.raises(InputError, match=r"none of the test images of \S+abe has another .*: put"):
+        write_report([runs["abe"]], tmp_path / "report.html")
 
 
 def test_details_list_digest_settings_and_updates(page: str, runs: dict[str, Path]) -> None:
@@ -472,12 +529,24 @@ def moved_images(run: Path) -> list[Path]:
 
 
 def fewer_images(run: Path) -> list[Path]:
-    config = json.loads((run / "config.json").read_text())
-    shutil.copytree(config["data"]["source"], run / "birds")
-    (run / "birds" / "g" / "g_0.png").unlink()
-    config["data"]["source"] = str(run / "birds")
-    write_json(run / "config.json", config)
+    birds = copied_images(run)
+    (birds / "g" / "g_0.png").unlink()
     return [run]
+
+
+def renamed_image(run: Path) -> list[Path]:
+    birds = copied_images(run)
+    (birds / "g" / "g_0.png").rename(birds / "g" / "g_00.png")
+    return [run]
+
+
+def copied_images(run: Path) -> Path:
+    digest = record(run)["images_digest"]
+    config = json.loads((run / "config.json").read_text())
+    birds = copy(Path(config["data"]["source"]), run / "birds")
+    elsewhere(run, birds)
+    write_json(run / "result.json", record(run) | {"images_digest": digest})
+    return birds
 
 
 def other_classes(run: Path) -> list[Path]:
@@ -493,6 +562,14 @@ def other_data(run: Path) -> list[Path]:
     result["data"]["name"] = "fish"
     write_json(other / "result.json", result)
     return [run, other]
+
+
+def other_images_of_that_name(run: Path) -> list[Path]:
+    """A run whose record knows no images stands between two that do."""
+    older, other = copy(run, run / "older"), copy(run, run / "other")
+    write_json(older / "result.json", record(run) | {"images_digest": None})
+    write_json(other / "result.json", record(run) | {"images_digest": "0123456789ab"})
+    return [older, run, other]
 
 
 def only_baselines(run: Path) -> list[Path]:
@@ -519,8 +596,13 @@ def only_baselines(run: Path) -> list[Path]:
             r"the images of \S+run cannot be opened: .*birds-moved.* data.source in \S+",
         ),
         (fewer_images, r"tested on 20 images, \S+birds has 19 now: put"),
+        (renamed_image, r"images or classes of \S+birds were .* renamed since \S+run .*: put"),
         (other_classes, r"run has Recall@1 0\.\d+, by the classes .* put the images back"),
         (other_data, r"run was tested on .*birds .* on fish .*: write a report of each"),
+        (
+            other_images_of_that_name,
+            r"images of \S+run and \S+other are not the same, although both are called birds: wr",
+        ),
         (only_baselines, r"at least one trained run"),
     ],
 )

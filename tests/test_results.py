@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import resource
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from abe.config import Config
 from abe.errors import InputError
 from abe.results import (
     append_record,
+    data_title,
     markdown_table,
     method_name,
     read_records,
@@ -57,10 +60,19 @@ def record(
         scores=scores(**({"recall": 0.1} | of_scores)),
         best=None if selection is None else Best(40, selection),
         data=DATA,
+        images_digest="0123456789ab",
         weights=None,
         environment={},
         method=method,
     )
+
+
+def titles(table: str) -> list[str]:
+    return re.findall(r"protocol.*", table)
+
+
+def methods(table: str) -> list[str]:
+    return re.findall(r"^\| (.*?) \|", table, re.M)
 
 
 # --- Records -----------------------------------------------------------------------------------
@@ -90,6 +102,7 @@ def test_a_record_says_what_was_run() -> None:
     assert (found["seed"], found["protocol"]) == (3, "paper")
     assert (found["selected_step"], found["selection_recall@1"]) == (40, 0.3)
     assert found["data"] == DATA
+    assert found["images_digest"] == "0123456789ab"
     assert found["config"]["data"]["source"] == "birds"
     assert "device" not in found["config"]
     assert len(found["config_digest"]) == 12
@@ -118,12 +131,75 @@ def test_a_file_without_results(content: str, message: str, tmp_path: Path) -> N
         read_records(tmp_path / "runs.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", {}),
+        ("config.seed", None),
+        ("config.train.lr", "fast"),
+        ("config.train.steps", None),
+        ("config.train.normalization", "unknown"),
+        ("config.data", 3),
+        ("data", {}),
+        ("data.test_images", "many"),
+        ("protocol", None),
+        ("scores", {}),
+        ("scores.ensemble", {"recall@1": "high"}),
+        ("scores.learners", [{}, {}]),
+        ("scores.similarity", None),
+        ("seed", "first"),
+        ("selected_step", None),
+        ("selection_recall@1", "high"),
+        ("weights", {"source": "x.pth"}),
+    ],
+)
+def test_a_line_that_no_table_can_be_made_of(key: str, value: Any, tmp_path: Path) -> None:
+    """Each value in place of the right one, None for a key that is missing."""
+    damaged = copy.deepcopy(record())
+    *groups, name = key.split(".")
+    target = damaged
+    for group in groups:
+        target = target[group]
+    del target[name]
+    if value is not None:
+        target[name] = value
+    append_record(tmp_path / "runs.jsonl", record())
+    append_record(tmp_path / "runs.jsonl", damaged)
+    with pytest.raises(InputError, match=r"runs\.jsonl, line 2 is no result of .*: remove it"):
+        read_records(tmp_path / "runs.jsonl")
+
+
 def test_a_result_is_left_in_its_folder(tmp_path: Path) -> None:
     embeddings = torch.randn(5, 2, 3)
     write_result(tmp_path / "run", record(), embeddings)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == "ABE-2^512"
     saved = load_file(tmp_path / "run" / "embeddings.safetensors")
     assert torch.equal(saved["embeddings"], embeddings)
+
+
+def test_both_files_of_a_result_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    write_result(tmp_path, record(), torch.zeros(1, 2, 3))
+    (tmp_path / "other").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
+@pytest.mark.parametrize(("images", "name"), [(1000, "embeddings.safetensors"), (1, "result.json")])
+def test_a_full_disk(images: int, name: str, tmp_path: Path) -> None:
+    baseline = record(selection=None, method="raw pixels")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes a file may have
+    try:
+        with pytest.raises(
+            InputError,
+            match=rf"{name} cannot be written \(.*make room .* checkpoints are kept: `.*abe train "
+            rf"--resume {tmp_path}` .* `.*abe eval {tmp_path}` scores alone",
+        ):
+            write_result(tmp_path, record(), torch.zeros(images, 2, 3))
+        with pytest.raises(InputError, match=r"see to its permissions$"):
+            write_result(tmp_path, baseline, torch.zeros(images, 2, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- Averages ----------------------------------------------------------------------------------
@@ -143,6 +219,7 @@ def test_mean_and_standard_deviation_over_seeds() -> None:
     assert found.spread["recall@1"] == pytest.approx(0.15)  # sqrt((.15^2 + .15^2 + 0) / 2)
     assert found.scores["learner recall@1"] == pytest.approx((0.2 + 0.3 + 0.4) / 3)
     assert found.spread["learner recall@1"] == pytest.approx(0.1)
+    assert found.scores["best learner recall@1"] == pytest.approx((0.3 + 0.4 + 0.5) / 3)
     assert found.scores["learner cosine"] == pytest.approx(0.3)
     assert found.spread["learner cosine"] == pytest.approx(statistics.stdev((0.6, 0.2, 0.1)))
 
@@ -150,7 +227,16 @@ def test_mean_and_standard_deviation_over_seeds() -> None:
 def test_one_seed_has_no_spread_and_one_learner_no_learners() -> None:
     (found,) = summarize([record(learners=(0.1,))])
     assert found.spread["recall@1"] == 0
-    assert not {"learner recall@1", "learner cosine"} & found.scores.keys()
+    assert not [name for name in found.scores if "learner" in name]
+
+
+def test_a_score_that_one_seed_does_not_have_is_no_average() -> None:
+    older = record("seed=1")
+    del older["scores"]["ensemble"]["nmi"]
+    (found,) = summarize([record("seed=0"), older])
+    assert found.seeds == 2
+    assert "nmi" not in found.scores
+    assert found.scores["recall@1"] == pytest.approx(0.1)
 
 
 def test_a_run_that_is_scored_again_counts_once() -> None:
@@ -159,15 +245,15 @@ def test_a_run_that_is_scored_again_counts_once() -> None:
     assert found.scores["recall@1"] == pytest.approx(0.25)
 
 
-def test_the_rate_is_picked_by_the_selection_recall_of_the_smallest_seed() -> None:
-    """Not by the test score, nor by seeds that only one of the rates was run with."""
+def test_the_rate_is_picked_by_the_mean_selection_recall() -> None:
+    """Not by the test score, and not by one seed."""
     (found,) = summarize(
         [
             record("train.lr=0.1", "seed=0", selection=0.50, recall=0.10),
-            record("train.lr=0.1", "seed=1", selection=0.01, recall=0.20),
-            record("train.lr=0.2", "seed=0", selection=0.49, recall=0.90),
-            record("train.lr=0.2", "seed=1", selection=0.99, recall=0.90),
-            record("train.lr=0.3", "seed=0", selection=0.10, recall=0.90),
+            record("train.lr=0.1", "seed=1", selection=0.58, recall=0.20),
+            record("train.lr=0.2", "seed=0", selection=0.60, recall=0.90),
+            record("train.lr=0.2", "seed=1", selection=0.40, recall=0.90),
+            record("train.lr=0.3", "seed=0", selection=0.53, recall=0.90),
         ]
     )
     assert found.rates == (0.1, 0.2, 0.3)
@@ -189,6 +275,25 @@ def test_what_differs_in_more_than_seed_and_rate_is_not_averaged() -> None:
         other_data,
     ]
     assert [found.record for found in summarize(records)] == records
+
+
+def test_training_has_no_part_in_a_baseline() -> None:
+    """Each of two experiments on the same images scores them."""
+    first = record(selection=None, method="raw pixels")
+    again = record("train.steps=5", "model.network=m-heads", selection=None, method="raw pixels")
+    larger = record("data.resize=300", selection=None, method="raw pixels")
+    assert [found.seeds for found in summarize([first, again, larger])] == [1, 1]
+
+
+def test_runs_that_began_with_other_weights_are_not_averaged() -> None:
+    runs = [record("seed=0"), record("seed=1")]
+    for run, digit in zip(runs, "ab", strict=True):
+        run["weights"] = {"source": "/here/start.pth", "sha256": 64 * digit}
+    found = summarize(runs)
+    assert [each.seeds for each in found] == [1, 1]
+    assert methods(markdown_table(found))[1:] == [
+        f"ABE-2^512 (weights start.pth {12 * digit})" for digit in "ab"
+    ]
 
 
 def test_summarize_leaves_the_records_alone() -> None:
@@ -223,22 +328,87 @@ def test_markdown_table() -> None:
         "from, 20 to choose by (protocol `val`), 1000 steps of 64 images at 224 px."
     )
     columns = (
-        "method | loss | rate, of | seeds | R@1 | R@2 | R@4 | R@8 | a learner's R@1 | "
-        "learners' cosine"
+        "method | loss | rate, of | seeds | R@1 | R@2 | R@4 | R@8 | learners' mean R@1 | "
+        "best learner's R@1 | learners' cosine"
     )
     assert heading == f"| {columns} |"
     assert rule.count("|") == heading.count("|")
     assert rows == [
-        "| raw pixels |  |  | 1 | 2.0 | 4.0 | 8.0 | 16.0 |  |  |",
+        "| raw pixels |  |  | 1 | 2.0 | 4.0 | 8.0 | 16.0 |  |  |  |",
         "| ABE-2^512 | Eq. 10, balanced | 0.001, 1 | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | "
-        "60.0 ± 28.3 | 90.0 ± 14.1 | 30.0 ± 0.0 | 0.30 |",
+        "60.0 ± 28.3 | 90.0 ± 14.1 | 30.0 ± 0.0 | 40.0 ± 0.0 | 0.30 |",
         "| ABE-2^512 | TripletMarginLoss() | 0.001, 1 | 1 | 8.0 | 16.0 | 32.0 | 64.0 | 30.0 "
-        "| 0.50 |",
+        "| 40.0 | 0.50 |",
     ]
     assert cars_table.startswith("cars**: ")
     assert cars_table.endswith(
-        "| ABE-2^512 | Eq. 10 | 0.001, 1 | 1 | 5.0 | 10.0 | 20.0 | 40.0 | 30.0 | 0.50 |"
+        "| ABE-2^512 | Eq. 10 | 0.001, 1 | 1 | 5.0 | 10.0 | 20.0 | 40.0 | 30.0 | 40.0 | 0.50 |"
     )
+
+
+def test_the_title_of_a_table_is_true_of_all_of_its_rows() -> None:
+    """Baselines are in the tables of their images, protocol and crop, and first in them."""
+    text = markdown_table(
+        summarize(
+            [
+                record(),
+                record("train.steps=5"),
+                record("train.batch_size=32"),
+                record("data.crop=96"),
+                record("protocol=paper"),
+                record("model.network=m-heads"),
+                record(selection=None, method="raw pixels"),
+                record("data.crop=96", selection=None, method="pretrained start"),
+            ]
+        )
+    )
+    assert [(titles(table), methods(table)[1:]) for table in text.split("\n\n**")] == [
+        ([f"protocol `{protocol}`), {schedule} px."], rows)
+        for protocol, schedule, rows in (
+            ("val", "1000 steps of 64 images at 224", ["raw pixels", "ABE-2^512", "2-heads^512"]),
+            ("val", "5 steps of 64 images at 224", ["raw pixels", "ABE-2^512"]),
+            ("val", "1000 steps of 32 images at 224", ["raw pixels", "ABE-2^512"]),
+            ("val", "1000 steps of 64 images at 96", ["pretrained start", "ABE-2^512"]),
+            ("paper", "1000 steps of 64 images at 224", ["ABE-2^512"]),
+        )
+    ]
+
+
+def test_baselines_alone_took_no_steps() -> None:
+    table = markdown_table(summarize([record(selection=None, method="raw pixels")]))
+    assert titles(table) == ["protocol `val`), images at 224 px."]
+    assert methods(table)[1:] == ["raw pixels"]
+
+
+def test_rows_of_one_method_and_loss_are_told_apart() -> None:
+    """By all that differs among them but seed and rate; a setting may be newer than a record."""
+    older = record("train.lr=0.1", "seed=1")
+    del older["config"]["train"]["clip_norm"]
+    text = markdown_table(
+        summarize(
+            [
+                older,
+                record("train.divergence_weight=7", "train.clip_norm=2"),
+                record("train.metric_loss=TripletMarginLoss()", "train.divergence_weight=3"),
+                record("model.network=m-heads"),
+            ]
+        )
+    )
+    assert methods(text)[1:] == [
+        "ABE-2^512 (divergence_weight 1, clip_norm None)",
+        "ABE-2^512 (divergence_weight 7, clip_norm 2)",
+        "ABE-2^512",
+        "2-heads^512",
+    ]
+
+
+def test_other_data_than_a_run_was_trained_on_are_said() -> None:
+    other = DATA | {"name": "gulls", "trained_on": "finches"}
+    assert data_title(other) == "gulls (trained on finches)"
+    stamped = other | {"stamps": ["partial, 3 of 9"]}
+    assert data_title(stamped) == "gulls (trained on finches; partial, 3 of 9)"
+    tested = record() | {"data": stamped}
+    assert markdown_table(summarize([tested])).startswith(f"**{data_title(stamped)}**: ")
 
 
 def test_scores_table_shows_what_it_was_given() -> None:
@@ -251,6 +421,22 @@ def test_scores_table_shows_what_it_was_given() -> None:
     shown = captured.get()
     for part in ("ABE-2^512", "12.3", "20.0-40.0", "0.50", "raw pixels", "[red]birds: 1,234 test"):
         assert part in shown
+
+
+def test_files_that_were_left_out_are_told() -> None:
+    found = record()
+    assert "left out" not in markdown_table(summarize([found]))
+    found["data"] = DATA | {"skipped": 1200}
+    assert "training, unreadable files left out: 1,200, 80 cl" in markdown_table(summarize([found]))
+
+
+def test_scores_table_cuts_nothing_on_a_narrow_terminal() -> None:
+    found = record("model.num_learners=8", "train.divergence_weight=0")
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(scores_table([found]))
+    assert "divergence" in captured.get()
+    assert "…" not in captured.get()
 
 
 # --- A page with a table -----------------------------------------------------------------------

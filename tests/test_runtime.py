@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -212,6 +215,39 @@ def test_json_lines_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n")
     with pytest.raises(InputError, match=r"image\.jsonl is not in UTF-8"):
         read_json_lines(path)
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"b"')
+    assert read_json_lines(path, cut_off=True) == [{"a": 1}]
+    append_json_line(path, {"c": 3})
+    assert path.read_text() == '{"a": 1}\n{"b"\n{"c": 3}\n'
+    with pytest.raises(InputError, match="line 2 is no JSON object"):
+        read_json_lines(path, cut_off=True)
+
+
+def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [".venv/bin/abe", "train"])
+    assert resume_command(Path("runs/a")) == ".venv/bin/abe train --resume runs/a"
+    monkeypatch.setattr(sys, "argv", ["my_script.py"])
+    assert resume_command(Path("runs/a")) == "abe train --resume runs/a"
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/abe")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/abe", "train"])
+    assert resume_command(Path("runs/a")) == "abe train --resume runs/a"
+
+
+def test_a_run_in_another_thread_leaves_signals_alone() -> None:
+    before, heard = signal.getsignal(signal.SIGINT), []
+
+    def listen() -> None:
+        with StopSignal().listening() as stop:
+            heard.append((stop.received, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert heard == [(None, before)]
 
 
 def test_resume_command_can_be_pasted_into_a_shell() -> None:

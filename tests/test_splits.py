@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from abe.config import DataConfig
 from abe.data.datasets import BrokenImagesError
+from abe.data.decode import BrokenImageError
 from abe.data.loader import CachedImages
 from abe.data.splits import open_splits
 from abe.errors import InputError
@@ -78,8 +80,8 @@ def test_every_run_selects_by_the_same_classes():
     assert classes(open_splits(other, "val").select) == {6, 7}
 
 
-@pytest.mark.parametrize(("val_classes", "held_out"), [(0.05, 0), (0.1, 1), (0.95, 10)])
-def test_too_few_classes_to_hold_some_out(val_classes, held_out):
+@pytest.mark.parametrize("val_classes", [0.9, 0.95])
+def test_too_few_classes_to_hold_some_out(val_classes):
     few = SYNTHETIC.model_copy(update={"val_classes": val_classes})
     assert len(classes(open_splits(few, "paper").train)) == 10
     with pytest.raises(InputError) as error:
@@ -135,6 +137,26 @@ def test_the_cache_holds_what_the_parts_load(birds):
             assert tuple(square[8, 8]) == part.load(index).getpixel((0, 0))
 
 
+def test_the_digest_tells_images_and_their_parts_not_their_place(birds, tmp_path):
+    digest = open_splits(config(birds), "val").digest
+    assert re.fullmatch("[0-9a-f]{12}", digest)
+    assert open_splits(config(birds, cache=True), "paper").digest == digest
+    assert open_splits(config(birds, split_classes=0.4), "val").digest != digest
+    moved = birds.rename(tmp_path / "moved")
+    assert open_splits(config(moved), "val").digest == digest
+    (moved / "class 3" / "0.png").rename(moved / "class 3" / "9.png")
+    renamed = open_splits(config(moved), "val")
+    assert renamed.digest != digest
+    assert set(renamed.learned_classes) == {f"class {label}" for label in range(6)}
+    (moved / "class 3" / "9.png").unlink()
+    assert open_splits(config(moved), "val").digest not in (digest, renamed.digest)
+
+
+def test_two_classes_at_least_are_held_out(birds):
+    splits = open_splits(config(birds, split_classes=0.34, val_classes=0.01), "val")
+    assert (len(classes(splits.train)), len(classes(splits.select))) == (2, 2)
+
+
 # --- broken files ------------------------------------------------------------------------------
 
 
@@ -156,6 +178,15 @@ def test_broken_files_stop_or_are_counted(birds, cache):
     assert len(kept) == 34
     assert not {*kept} & {str(path) for path in broken}
     assert classes(splits.test) == {6, 7, 8, 9, 10, 11}
+
+
+def test_broken_files_are_met_later_without_a_check(birds):
+    path = birds / "class 9" / "0.png"
+    path.write_bytes(b"")
+    splits = open_splits(config(birds), "paper", check=False)
+    with pytest.raises(BrokenImageError):
+        splits.test.load(names(splits.test).index(str(path)))
+    assert open_splits(config(birds, skip_broken=True), "paper", check=False).skipped == 1
 
 
 def test_a_csv_split_survives_skipping(birds):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from safetensors.torch import load_file
 
 from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
+from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
 from abe.runtime import read_json_lines
 from abe.train import Trainer, evaluate_run, lr_factor
@@ -117,6 +123,68 @@ def test_eval_repeats_the_score_of_training(finished: Path) -> None:
     assert evaluate_run(finished)["scores"] == result["scores"]
 
 
+def write_photographs(folder: Path, classes: int = 8, prefix: str = "class") -> None:
+    images = SyntheticVehicles(classes, 4, size=40)
+    for index in range(len(images)):
+        file = folder / f"{prefix} {images.labels[index]}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images.load(index).save(file)
+
+
+@pytest.fixture
+def photographed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The record of a run on photographs, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_photographs(tmp_path / "photos")
+    record = Trainer(tiny("data.source=photos", "train.steps=1"), Path("run"), SILENT).fit()
+    assert record is not None
+    return record
+
+
+def test_a_run_finds_its_images_from_any_folder(
+    photographed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("photos")
+    assert evaluate_run(tmp_path / "run")["scores"] == photographed["scores"]
+    assert Trainer.resume(tmp_path / "run", SILENT).step == 1
+
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"images of .*run cannot be opened: .*`abe eval .*run DA"):
+        evaluate_run(tmp_path / "run")
+    moved = evaluate_run(tmp_path / "run", str(tmp_path / "moved"))
+    for key in ("scores", "data", "config_digest", "images_digest"):
+        assert moved[key] == photographed[key], key
+
+
+def test_learned_classes_are_not_taken_for_unseen_ones(photographed: dict[str, Any]) -> None:
+    """New classes shift which half of them is the test."""
+    write_photographs(Path("photos"), 4, prefix="a new class")
+    for use in (Trainer.resume, evaluate_run):
+        with pytest.raises(InputError, match="photos: images or classes were added, removed or re"):
+            use(Path("run"))
+    stamped = evaluate_run(Path("run/checkpoints/step-00000001"), "photos")
+    assert stamped["data"]["stamps"] == ["2 of 6 test classes were learned from"]
+
+
+def test_a_score_on_other_images_is_not_one_of_a_run_on_them(photographed: dict[str, Any]) -> None:
+    """And 4 classes are enough where nothing has to be held out."""
+    write_photographs(Path("others"), 4, prefix="other")
+    record = evaluate_run(Path("run"), "others")
+    assert record["config_digest"] == photographed["config_digest"]
+    assert record["images_digest"] != photographed["images_digest"]
+    assert "stamps" not in record["data"]
+    own, data = photographed["data"], record["data"]
+    assert (data["name"], data["trained_on"]) == ("others", "photos")
+    assert (data["test_images"], data["test_classes"]) == (8, 2)
+    assert (data["train_images"], data["train_classes"]) == (own["train_images"], 2)
+
+
+def test_another_device_can_be_named_for_a_run(finished: Path) -> None:
+    for use in (Trainer.resume, evaluate_run):
+        with pytest.raises(InputError, match="device=tpu is unknown"):
+            use(finished, device="tpu")
+
+
 def test_paper_protocol_selects_on_the_test_images(tmp_path: Path) -> None:
     config = tiny("protocol=paper", "train.steps=1", "train.images_per_class=2")
     trainer = Trainer(config, tmp_path / "run", SILENT)
@@ -210,18 +278,183 @@ def _flat(values: dict, prefix: str = "") -> list[str]:
     return items
 
 
-def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path) -> None:
-    trainer = Trainer(tiny("train.lr=1e30", "train.steps=50"), tmp_path / "run", SILENT)
-    with pytest.raises(
-        InputError, match=r"the loss is (nan|inf) at step \d+: lower train\.lr"
-    ) as e:
+def test_a_signal_in_the_last_step_or_in_scoring_stops_too(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = tmp_path / "run", Console(record=True, width=200, file=io.StringIO())
+    step = Trainer.train_step
+
+    def last_step_interrupted(trainer: Trainer, batch: object) -> object:
+        loss = step(trainer, batch)
+        if trainer.step == TINY.train.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    def interrupted(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_step", last_step_interrupted)
+    assert Trainer(TINY, run, said).fit() is None
+    monkeypatch.setattr(Trainer, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer.resume(run, said).fit(go_on="the command")
+    monkeypatch.undo()
+    text = said.export_text()
+    assert f"Stopped by SIGINT after step 6, saved. To go on: abe train --resume {run}" in text
+    assert "Stopped, the training is complete. To go on: the command" in text
+    record = Trainer.resume(run, SILENT).fit()
+    assert record is not None
+    assert record["scores"] == json.loads((finished / "result.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run_saves(tmp_path: Path) -> None:
+    """As Slurm, systemd and `timeout` stop a job."""
+    run = tmp_path / "run"
+    settings = _flat(tiny("data.workers=2", "data.cache=false", "train.steps=5000").to_json())
+    command = [str(ABE), "train", "--run", str(run), *(f"--set={key}" for key in settings)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and len(checkpoints(run)) < 2:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "Stopped by SIGTERM after step" in said
+    assert "Traceback" not in said
+
+
+def test_a_reader_of_images_that_is_killed_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kernel that is short of memory, for one."""
+    step = Trainer.train_step
+
+    def kill_readers(trainer: Trainer, batch: object) -> object:
+        for process in multiprocessing.active_children():
+            process.kill()
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", kill_readers)
+    config = tiny("data.workers=1", "train.steps=500")
+    with pytest.raises(InputError, match=r"reads images was ended .*: abe train --resume "):
+        Trainer(config, tmp_path / "run", SILENT).fit()
+
+
+def test_a_log_that_a_full_disk_cut_off_does_not_hinder(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    log = run / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 6, "lo')
+    Trainer.resume(run, SILENT)
+    assert log.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["train.lr=1e30"], r"the (loss|gradient's length) is (nan|inf) at step \d+"),
+        (["train.lr=1e30", "train.eval_every=1"], r"embeddings are not finite after step 1"),
+    ],
+)
+def test_what_is_not_finite_is_told_with_what_to_change(
+    settings: list[str], problem: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(tiny("train.steps=50", *settings), tmp_path / "run", SILENT)
+    with pytest.raises(InputError, match=f"{problem}: lower train\\.lr") as told:
         trainer.fit()
-    assert str(e.value).count("synthetic class") == 8
+    if "batch" in str(told.value):
+        assert str(told.value).count("synthetic class") == 8
 
 
-def test_a_second_run_does_not_overwrite_the_first(finished: Path) -> None:
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(TINY, tmp_path / "run", SILENT)
+    (tmp_path / "run").mkdir()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.model.embedding[0].register_full_backward_hook(
+        lambda module, inputs, outputs: tuple(x * torch.nan for x in inputs)
+    )
+    with pytest.raises(InputError, match=r"the gradient's length is nan at step 0: .*class"):
+        trainer.train_step(next(iter(_batches(trainer))))
+    assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a run already"):
         Trainer(TINY, finished, SILENT).fit()
+    result = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(result / "checkpoints")
+    with pytest.raises(InputError, match="holds the result of a run whose checkpoints are gone"):
+        Trainer(TINY, result, SILENT)
+
+
+def test_the_log_of_an_attempt_without_a_checkpoint_is_begun_anew(
+    finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": 9.0}\n')
+    assert Trainer(TINY, tmp_path / "run", SILENT).fit() is not None
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_few_classes_make_small_batches(tmp_path: Path) -> None:
+    said = Console(record=True, width=200, file=io.StringIO())
+    config = tiny("train.batch_size=64", "train.steps=1")
+    trainer = Trainer(config, tmp_path / "run", said)
+    assert trainer.fit() is not None
+    assert "There are 2 classes to learn from: batches have 8 images in place of 64" in (
+        said.export_text()
+    )
+    saved = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert saved["config"]["train"]["batch_size"] == trainer.sampler.batch_size == 8
+    assert Trainer.resume(tmp_path / "run", SILENT).config.train.batch_size == 8
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_the_optimizer_is_the_one_that_was_named(name: str, kind: type, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(f"train.optimizer={name}"), tmp_path / "run", SILENT)
+    assert type(trainer.optimizer) is kind
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_computes_in_the_precision_that_was_named(precision: str, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(f"precision={precision}"), tmp_path / "run", SILENT)
+    (tmp_path / "run").mkdir()
+    seen = []
+    layer = next(m for m in trainer.model.modules() if isinstance(m, torch.nn.Conv2d))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loss = trainer.train_step(next(iter(_batches(trainer))))
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
+    assert loss.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_raw_embeddings_reach_the_loss_that_wants_them(normalize: bool, tmp_path: Path) -> None:
+    config = tiny(
+        "train.metric_loss=NPairsLoss()", f"train.normalize_embeddings={json.dumps(normalize)}"
+    )
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    assert trainer.metric_loss is not None
+    given = []
+    trainer.metric_loss.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    batch = next(iter(_batches(trainer)))
+    trainer._loss(batch)
+    pixels = trainer.preprocessing.normalize(batch.images)
+    expected = trainer.model.train()(pixels, normalize=normalize)
+    assert torch.allclose(given[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_progress_shows_rate_and_time_left(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+    trainer = Trainer(TINY, tmp_path / "run", console)
+    with trainer._progress() as advance:
+        time.sleep(0.2)
+        advance(3)
+    assert re.search(r"training .*3/6.* \d+ images/s .*-:--:--", shown.getvalue())
 
 
 def test_learning_rates_and_decay_by_layer(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import http.server
 import json
 import os
 import pickle
+import shutil
 import socket
 import struct
 import sys
@@ -17,14 +18,17 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from abe.checkpoint import save_checkpoint
+from abe.config import Config, ModelConfig
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
-from abe.model.backbones import get_backbone
+from abe.model.backbones import get_backbone, known_backbones
 from abe.model.caffemodel import read_caffemodel
 from abe.model.ensemble import AttentionEnsemble, MHeads
+from abe.model.googlenet import Inception
 from abe.model.weights import (
     SOURCES,
     PretrainedWeights,
@@ -34,6 +38,7 @@ from abe.model.weights import (
     load_pretrained,
     read_weights,
 )
+from abe.start import NETWORKS, build_model, start
 
 CAFFE = Preprocessing()
 NAN = float("nan")
@@ -187,39 +192,6 @@ def test_malformed_caffemodel(message, reason, tmp_path):
 # --- ONNX ----------------------------------------------------------------------------------------
 
 
-class InceptionPiece(nn.Module):
-    """Four branches of one stage, with the layers of an inception block in small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        stage = nn.Module()
-        for name, (channels_in, channels_out, kernel) in {
-            "1x1": (4, 3, 1),
-            "3x3_reduce": (4, 2, 1),
-            "3x3": (2, 5, 3),
-            "5x5_reduce": (4, 2, 1),
-            "5x5": (2, 3, 5),
-            "pool_proj": (4, 2, 1),
-        }.items():
-            stage.add_module(
-                name, nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
-            )
-        self.add_module("inception_3a", stage)
-
-    def forward(self, x: Tensor) -> Tensor:
-        def conv(name: str, y: Tensor) -> Tensor:
-            return self.get_submodule(f"inception_3a.{name}")(y).relu()
-
-        pooled = nn.functional.max_pool2d(x, 3, stride=1, padding=1)
-        branches = [
-            conv("1x1", x),
-            conv("3x3", conv("3x3_reduce", x)),
-            conv("5x5", conv("5x5_reduce", x)),
-            conv("pool_proj", pooled),
-        ]
-        return torch.cat(branches, dim=1)
-
-
 def onnx_model(initializers: list[TensorProto], nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
@@ -232,7 +204,7 @@ def onnx_model(initializers: list[TensorProto], nodes: list[onnx.NodeProto]) -> 
 
 
 def inception_onnx() -> onnx.ModelProto:
-    """The same piece as a graph with weights of its own, named as the model zoo names them."""
+    """A small inception block as a graph, its weights named as the model zoo names them."""
     initializers = [numpy_helper.from_array(np.array([1, -1]), "OC2_DUMMY_1")]
     nodes = [
         helper.make_node(
@@ -273,7 +245,7 @@ def test_onnx_activations_are_those_of_onnxruntime(tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, {"data_0": images})
 
-    model = InceptionPiece()
+    model = nn.ModuleDict({"inception_3a": Inception(4, (3, 2, 5, 2, 3, 2))})
     weights = read_weights(path)
     report = load_pretrained({"model": model}, weights)
 
@@ -281,7 +253,7 @@ def test_onnx_activations_are_those_of_onnxruntime(tmp_path):
     assert not report.initialised["model"]
     assert weights.preprocessing == CAFFE
     with torch.no_grad():
-        actual = model(torch.from_numpy(images)).numpy()
+        actual = model["inception_3a"](torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -384,6 +356,26 @@ def test_few_numbers_that_claim_to_be_many(tmp_path):
         read_weights(path)
 
 
+def test_names_that_share_a_tensor_are_counted_once(tmp_path):
+    """Tied layers, as torch.save writes them."""
+    path = tmp_path / "net.pth"
+    weight = torch.randn(1000)
+    torch.save({name: weight.view(1000) for name in ("a.weight", "b.weight", "c.weight")}, path)
+    assert list(read_weights(path).state) == ["a.weight", "b.weight", "c.weight"]
+    torch.save({"a.weight": weight[:1].expand(1 << 20)}, path)
+    with pytest.raises(InputError, match="claim more numbers"):
+        read_weights(path)
+
+
+def test_a_state_dict_may_be_called_pth_tar(tmp_path):
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}}, path)
+    assert read_weights(path).format == "pth"
+    (tmp_path / "model.tar").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match=r"model\.tar: is none of .*\.pth\.tar"):
+        read_weights(tmp_path / "model.tar")
+
+
 def test_zip_that_expands(tmp_path):
     path = tmp_path / "net.pth"
     torch.save({"conv.weight": torch.zeros(100_000)}, path)
@@ -481,13 +473,26 @@ def test_preprocessing_of_torchvisions_googlenet_is_that_of_its_own_pipeline(tmp
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[AttentionEnsemble, Path]:
-    model = AttentionEnsemble(num_learners=2, embedding_dim=8)
-    directory = tmp_path_factory.mktemp("checkpoint")
-    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    save_file(state, directory / "model.safetensors")
-    meta = {"preprocessing": Preprocessing(mean=(1, 2, 3), resize=96, crop=84).to_json()}
-    (directory / "meta.json").write_text(json.dumps(meta))
+    config = Config(model=ModelConfig(num_learners=2, embedding_dim=8, weights=None))
+    model = build_model(config)
+    directory = save_checkpoint(
+        tmp_path_factory.mktemp("checkpoints"),
+        step=1,
+        config=config,
+        preprocessing=Preprocessing(mean=(1, 2, 3), resize=96, crop=84),
+        weights=None,
+        best=None,
+        model=model.state_dict(),
+        training={},
+    )
     return model, directory
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A checkpoint that may be damaged."""
+    _, directory = trained
+    return shutil.copytree(directory, tmp_path / directory.name)
 
 
 @pytest.mark.parametrize("name", [".", "model.safetensors"])
@@ -514,12 +519,31 @@ def test_directory_that_is_no_checkpoint(tmp_path):
         read_weights(tmp_path)
 
 
-def test_checkpoint_with_a_damaged_meta(tmp_path):
-    save_file({"spatial.0.conv1.weight": torch.ones(1)}, tmp_path / "model.safetensors")
-    for meta in ("{", "[]", '{"preprocessing": {"chanels": "RGB"}}'):
-        (tmp_path / "meta.json").write_text(meta)
-        with pytest.raises(InputError, match=str(tmp_path)):
-            read_weights(tmp_path)
+@pytest.mark.parametrize("meta", ["{", "[]", '{"preprocessing": {"chanels": "RGB"}}'])
+def test_checkpoint_with_a_damaged_meta(meta, copied):
+    (copied / "meta.json").write_text(meta)
+    with pytest.raises(InputError, match=rf"^{copied}/meta\.json is damaged"):
+        read_weights(copied)
+
+
+@pytest.mark.parametrize("name", [".", "model.safetensors"])
+def test_checkpoint_that_was_changed(name, copied):
+    path = copied / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{path} was changed or cut since it was written"):
+        read_weights(copied / name)
+
+
+def test_checkpoint_without_its_meta_or_under_another_name(copied):
+    alone = shutil.copy(copied / "model.safetensors", copied / "best.safetensors")
+    pickled = copied / "best.pth"
+    torch.save(load_file(alone), pickled)
+    (copied / "meta.json").unlink()
+    for source in (copied, copied / "model.safetensors", alone, pickled):
+        with pytest.raises(InputError, match=r"meta\.json: give the checkpoint's folder, with all"):
+            read_weights(source)
 
 
 # --- Damaged files -------------------------------------------------------------------------------
@@ -549,7 +573,6 @@ def attempt(path: Path) -> PretrainedWeights | InputError:
         return error
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "name",
     ["new.caffemodel", "old.caffemodel", "net.onnx", "net.safetensors", "zip.pth", "legacy.pth"],
@@ -609,15 +632,14 @@ def test_table_of_sources():
         assert int(digest, 16)
         if source.url and "download.pytorch.org" in source.url:
             assert source.url.endswith(f"-{digest[:8]}.pth")
-    for backbone in map(get_backbone, ("googlenet", "googlenet_bn", "resnet50")):
-        assert SOURCES[backbone.default_weights].backbone == backbone.name
+    assert {source.backbone for source in SOURCES.values()} == known_backbones().keys()
 
 
 def test_shipped_start_fits_the_ensemble_completely():
     weights = read_weights("googlenet-mini-imagenet")
     model = AttentionEnsemble(num_learners=2, embedding_dim=8)
 
-    report = load_pretrained(model.backbone_parts(), weights)
+    report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
 
     source = SOURCES["googlenet-mini-imagenet"]
     assert source.checksum == f"sha256:{weights.sha256}"
@@ -628,10 +650,62 @@ def test_shipped_start_fits_the_ensemble_completely():
         "spatial.0": [],
         "attention_trunk": [],
         "embedding.0": ["linear.weight", "linear.bias"],
+        "attention_heads": ["weight", "bias"],
     }
     layer = "inception_4e.5x5.weight"
     for part in (model.attention_trunk, model.embedding[0]):
         torch.testing.assert_close(part.state_dict()[layer], weights.state[layer])
+
+
+@pytest.mark.parametrize(
+    ("network", "width"),
+    [("abe", 1), ("abe", 0.5), ("m-heads+att", 1), ("m-heads", 1), ("m-tails", 1)],
+)
+def test_every_parameter_is_loaded_or_initialised(network, width):
+    model = NETWORKS[network](num_learners=2, embedding_dim=8, attention_width=width)
+    weights = read_weights("googlenet-mini-imagenet")
+
+    report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
+
+    told = [
+        f"{part}.{key}"
+        for keys_of in (report.loaded, report.initialised)
+        for part, keys in keys_of.items()
+        for key in keys
+    ]
+    assert sorted(told) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_start_says_what_keeps_its_initial_values():
+    config = Config(model=ModelConfig(num_learners=2, embedding_dim=8))
+    begin = start(config)
+    assert [line.partition(" (")[0] for line in begin.report.splitlines()] == [
+        "spatial.0: loaded 30 of 30 tensors",
+        "attention_trunk: loaded 60 of 60 tensors",
+        "embedding.0: loaded 84 of 86 tensors",
+        "attention_heads: initial values",
+    ]
+    heads = {"attention_heads.weight", "attention_heads.bias"}
+    linear = {"embedding.0.linear.weight", "embedding.0.linear.bias"}
+    assert begin.new_layers == heads | linear
+
+
+def test_a_narrow_trunk_starts_from_initial_values():
+    options = {"num_learners": 2, "embedding_dim": 8, "attention_width": 0.5}
+    config = Config(seed=7, model=ModelConfig(**options))
+    begin = start(config)
+    trunk = begin.model.attention_trunk
+    assert trunk.out_channels == 416
+    assert begin.report.splitlines()[2:] == [
+        "attention_trunk: initial values",
+        "attention_heads: initial values",
+    ]
+    names = {f"attention_trunk.{name}" for name, _ in trunk.named_parameters()}
+    assert len(names) == 60
+    assert names < begin.new_layers
+    torch.manual_seed(7)
+    untouched = build_model(config).attention_trunk.state_dict()
+    torch.testing.assert_close(trunk.state_dict(), untouched, rtol=0, atol=0)
 
 
 # --- Loading into parts --------------------------------------------------------------------------
@@ -697,6 +771,19 @@ def test_every_part_takes_what_it_shares():
         trunk.get_parameter(shared[0]).zero_()
     assert start.state[shared[0]].any()
     assert embedding.get_parameter(shared[0]).any()
+
+
+def test_new_parts_take_nothing_whatever_their_names():
+    embedding = part({"inception_4a.1x1": nn.Conv2d(2, 3, 1)})
+    trunk = part({"inception_4a.1x1": nn.Conv2d(2, 1, 1)})  # of half the width
+    start = pretrained(**{"inception_4a.1x1.weight": torch.randn(3, 2, 1, 1)})
+    before = trunk.get_parameter("inception_4a.1x1.weight").clone()
+    report = load_pretrained({"embedding.0": embedding}, start, {"attention_trunk": trunk})
+    assert str(report).splitlines() == [
+        "embedding.0: loaded 1 of 2 tensors (inception_4a.1x1); initial values in inception_4a.1x1",
+        "attention_trunk: initial values",
+    ]
+    assert torch.equal(trunk.get_parameter("inception_4a.1x1.weight"), before)
 
 
 def test_long_report_is_short():
@@ -820,6 +907,17 @@ def test_download_by_name(server, layers, tmp_path, monkeypatch):
         assert weights.source == "net"
     assert server.requested == [None]
     assert os.listdir(tmp_path / "cache") == ["net.caffemodel"]
+
+
+def test_a_damaged_file_in_the_cache_is_refused_by_its_path(server, tmp_path):
+    source = source_at(server)
+    path = download(source, tmp_path)
+    path.write_bytes(server.content[:-1])
+    with pytest.raises(InputError, match=rf"^{path} has the sha1 .* instead of .*: remove it"):
+        download(source, tmp_path)
+    path.unlink()
+    assert download(source, tmp_path).read_bytes() == server.content
+    assert server.requested == [None, None]
 
 
 def test_cache_is_in_the_home_directory_unless_told_otherwise(monkeypatch):

@@ -35,6 +35,7 @@ from abe.runtime import write_json
 from abe.start import build_model
 
 _MODEL, _TRAINING, _META = "model.safetensors", "training.safetensors", "meta.json"
+_REPLACED = ".replaced"  # where a checkpoint is while another takes its place
 
 
 @dataclass(frozen=True)
@@ -135,41 +136,45 @@ def save_checkpoint(
     """Write the checkpoint of `step` into `folder`; it appears there complete.
 
     Raises:
-        InputError: the disk is full, or refuses to be written.
+        InputError: the disk is full, or the folder cannot be written; what was there stays.
     """
     path = folder / f"step-{step:08d}"
-    beside = folder / ".unfinished"  # what an earlier attempt may have left, too
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, tensors in ((_MODEL, model), (_TRAINING, training)):
-        try:
+    beside, replaced = folder / ".unfinished", folder / _REPLACED
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # left by an attempt that was killed
+        beside.mkdir(parents=True)
+        for name, tensors in ((_MODEL, model), (_TRAINING, training)):
             save_file({key: value.contiguous() for key, value in tensors.items()}, beside / name)
-        except SafetensorError as error:  # safetensors' way to report an OSError
-            raise InputError(
-                f"{beside / name} cannot be written ({error}): make room for it, then go on with "
-                "--resume"
-            ) from None
-        _flush(beside / name)
-    meta = _Meta(
-        format=1,
-        step=step,
-        config=config.to_json(),
-        preprocessing=preprocessing.to_json(),
-        weights=weights,
-        best=best,
-        sha256={name: _sha256(beside / name) for name in (_MODEL, _TRAINING)},
-    )
-    write_json(beside / _META, meta.model_dump())
-    _flush(beside)
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
-    _flush(folder)
+            _flush(beside / name)
+        meta = _Meta(
+            format=1,
+            step=step,
+            config=config.to_json(),
+            preprocessing=preprocessing.to_json(),
+            weights=weights,
+            best=best,
+            sha256={name: _sha256(beside / name) for name in (_MODEL, _TRAINING)},
+        )
+        write_json(beside / _META, meta.model_dump())
+        _flush(beside)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        beside.rename(path)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:  # the latter of an OSError in save_file
+        raise InputError(
+            f"{path} cannot be written ({error}): make room for it or see to its permissions, "
+            "then go on with --resume"
+        ) from None
+    shutil.rmtree(replaced, ignore_errors=True)
     return path
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    """The checkpoint folders of a run, oldest first; or the only one, aside when a kill came."""
+    folder = run / "checkpoints"
+    return sorted(folder.glob("step-*")) or list(folder.glob(_REPLACED))
 
 
 def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:

@@ -7,6 +7,7 @@ standard output, progress and errors to standard error.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -35,7 +36,7 @@ app = typer.Typer(
 _PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
 data_app = typer.Typer(
     name="data",
-    help="Check, fetch and list the benchmarks; prepare images for training.",
+    help="Fetch and check benchmarks; prepare images.",
     no_args_is_help=True,
 )
 app.add_typer(data_app)
@@ -103,6 +104,13 @@ OtherSource = Annotated[
         help="Other images to score, split as the run's were. Default: the run's.",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps ... Default: the fastest there is."),
+]
+OtherDevice = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Another device than the run's.")
+]
 Results = Annotated[
     Path | None,
     typer.Option(
@@ -110,33 +118,37 @@ Results = Annotated[
         help="JSON-lines file to add the result to. Default: runs.jsonl beside the run.",
     ),
 ]
+SplitClasses = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the classes to train with, the rest is the test; a CSV file's column split "
+        "goes first. Default: 0.5.",
+    ),
+]
 SkipBroken = Annotated[
     bool, typer.Option("--skip-broken", help="Leave out files that cannot be read.")
 ]
 
 
-def _configure(
-    recipe: str | None,
-    data: str | None,
-    root: str | None,
-    weights: str | None,
-    skip_broken: bool,
-    allow_partial: bool,
-    overrides: list[str] | None,
-) -> Config:
+def _configure(recipe: str | None, overrides: list[str] | None, **settings: object) -> Config:
+    """A recipe with the settings of the options that were given, then with those of --set."""
     from abe.recipes import get_recipe
 
-    chosen = []
-    if data is not None:
-        chosen.append(f"data.source={json.dumps(data)}")
-    if root is not None:
-        chosen.append(f"data.root={json.dumps(root)}")
-    if weights is not None:
-        chosen.append(f"model.weights={json.dumps(None if weights == 'none' else weights)}")
-    if skip_broken:
-        chosen.append("data.skip_broken=true")
-    if allow_partial:
-        chosen.append("data.allow_partial=true")
+    names = {
+        "data": "data.source",
+        "root": "data.root",
+        "weights": "model.weights",
+        "device": "device",
+        "split_classes": "data.split_classes",
+        "skip_broken": "data.skip_broken",
+        "allow_partial": "data.allow_partial",
+    }
+    chosen = [
+        f"{names[option]}={json.dumps(None if (option, value) == ('weights', 'none') else value)}"
+        for option, value in settings.items()
+        if value is not None and value is not False
+    ]
     return get_recipe(recipe or "photographs").with_overrides([*chosen, *(overrides or [])])
 
 
@@ -158,6 +170,8 @@ def train(
     root: Root = None,
     recipe: Recipe = None,
     weights: Weights = None,
+    device: Device = None,
+    split_classes: SplitClasses = None,
     skip_broken: SkipBroken = False,
     allow_partial: AllowPartial = False,
     results: Results = None,
@@ -165,27 +179,39 @@ def train(
 ) -> None:
     """Train an ensemble and score it on classes it has not seen.
 
-    Half of the classes is for training, the other half is the test (--set data.split_classes=0.5,
-    or the column split of a CSV file). A part of the training classes is held out to pick the best
+    Half of the classes is for training, the other half is the test (--split-classes, or
+    the column split of a CSV file). A part of the training classes is held out to pick the best
     checkpoint, which is scored on the test once, at the end. Ctrl-C saves and says how to go on.
     """
     from abe.results import append_record, scores_table
     from abe.train import Trainer
 
     if resume is not None:
-        if any((data, run, root, recipe, weights, skip_broken, allow_partial, overrides)):
+        given = (data, run, root, recipe, weights, skip_broken, allow_partial, overrides)
+        if any(given) or split_classes is not None:
             raise InputError(
-                "--resume goes on as the run was started: give nothing with it but --results"
+                "--resume goes on as the run was started: give nothing with it but --results or "
+                "--device"
             )
-        trainer = Trainer.resume(resume, err)
+        trainer = Trainer.resume(resume, err, device=device)
     else:
-        config = _configure(recipe, data, root, weights, skip_broken, allow_partial, overrides)
+        config = _configure(
+            recipe,
+            overrides,
+            data=data,
+            root=root,
+            weights=weights,
+            device=device,
+            split_classes=split_classes,
+            skip_broken=skip_broken,
+            allow_partial=allow_partial,
+        )
         folder = run or Path("runs", f"{config.recipe}-{config.digest}")
         trainer = Trainer(config, folder, err)
+    file = _results_file(results, trainer.run)
     record = trainer.fit()
     if record is None:
         raise typer.Exit(130)
-    file = results or _beside(trainer.run)
     append_record(file, record)
     out.print(scores_table([record]))
     out.print(f"Run: {trainer.run}\nResult added to {file}")
@@ -198,6 +224,7 @@ def evaluate(
     ],
     data: OtherSource = None,
     root: Root = None,
+    device: OtherDevice = None,
     allow_partial: AllowPartial = False,
     results: Results = None,
 ) -> None:
@@ -205,8 +232,10 @@ def evaluate(
     from abe.results import append_record, scores_table
     from abe.train import evaluate_run
 
-    record = evaluate_run(run, data, root, allow_partial)
-    file = results or _beside(run)
+    if not run.exists():
+        raise InputError(f"{run}: there is no such run")
+    file = _results_file(results, run)
+    record = evaluate_run(run, data, root, allow_partial, device)
     append_record(file, record)
     out.print(scores_table([record]))
     out.print(f"Result added to {file}")
@@ -248,6 +277,7 @@ def results(
     Recall@1 on held-out classes.
     """
     from abe.results import markdown_table, read_records, replace_between, summarize
+    from abe.runtime import replace_text
 
     table = markdown_table(summarize(read_records(file)))
     if into is None:
@@ -257,7 +287,7 @@ def results(
             page = replace_between(into.read_text(encoding="utf-8"), "results", table)
         except ValueError as error:  # not in UTF-8, or without the comments
             raise InputError(f"{into}: {error}") from None
-        into.write_text(page, encoding="utf-8")
+        replace_text(into, page)
 
 
 @app.command()
@@ -267,8 +297,11 @@ def demo(
     folder: Annotated[
         Path, typer.Option("--folder", metavar="FOLDER", help="Folder to work in.")
     ] = Path("demo"),
+    device: Device = None,
+    split_classes: SplitClasses = None,
     skip_broken: SkipBroken = False,
     allow_partial: AllowPartial = False,
+    overrides: Overrides = None,
 ) -> None:
     """Compare 1-head and ABE-4 in minutes and write a report.
 
@@ -277,9 +310,19 @@ def demo(
     """
     from abe.demo import run_demo
     from abe.results import scores_table
+    from abe.runtime import typed
 
-    base = _configure("demo", data, root, None, skip_broken, allow_partial, None)
-    records, page = run_demo(base, folder, err)
+    base = _configure(
+        "demo",
+        overrides,
+        data=data,
+        root=root,
+        device=device,
+        split_classes=split_classes,
+        skip_broken=skip_broken,
+        allow_partial=allow_partial,
+    )
+    records, page = run_demo(base, folder, err, go_on=typed(*sys.argv[1:]))
     out.print(scores_table(records))
     out.print(f"Report: {page}")
 
@@ -310,6 +353,8 @@ def config(
     root: Root = None,
     recipe: Recipe = None,
     weights: Weights = None,
+    device: Device = None,
+    split_classes: SplitClasses = None,
     skip_broken: SkipBroken = False,
     allow_partial: AllowPartial = False,
     overrides: Overrides = None,
@@ -318,7 +363,17 @@ def config(
 
     Each can be changed by --set, for example --set train.lr=1e-4 --set model.network=m-heads.
     """
-    resolved = _configure(recipe, data, root, weights, skip_broken, allow_partial, overrides)
+    resolved = _configure(
+        recipe,
+        overrides,
+        data=data,
+        root=root,
+        weights=weights,
+        device=device,
+        split_classes=split_classes,
+        skip_broken=skip_broken,
+        allow_partial=allow_partial,
+    )
     typer.echo(json.dumps(resolved.to_json(), indent=2))
 
 
@@ -397,8 +452,6 @@ def prepare_data(
     if not isinstance(source.images, ImageFiles):
         raise InputError(f"{data} has no files to decode: train on it as it is")
     folder = folder or Path(f"{data if root else source.images.name}-{size}")
-    if not root and folder.resolve().is_relative_to(Path(data).resolve()):
-        raise InputError(f"{folder} is in {data}: name a folder outside of it by --out")
     images, _, _, _, skipped = prepare(
         source.images,
         folder,
@@ -423,8 +476,17 @@ def verify_data(
     out.print(f"{folder}: {len(verify(folder, err).images):,} images as they were prepared")
 
 
-def _beside(run: Path) -> Path:
-    return run.parent / "runs.jsonl"
+def _results_file(chosen: Path | None, run: Path) -> Path:
+    """Where a result goes, the chosen file or runs.jsonl beside the run; made sure of in advance.
+
+    `run` is the run's folder, or that of one of its checkpoints.
+    """
+    if chosen is None:
+        up = "../../.." if run.absolute().parent.name == "checkpoints" else ".."
+        chosen = Path(os.path.normpath(run / up), "runs.jsonl")
+    chosen.parent.mkdir(parents=True, exist_ok=True)
+    chosen.open("a").close()
+    return chosen
 
 
 def _print_version(wanted: bool) -> None:
@@ -454,15 +516,23 @@ def main() -> None:
         except InputError as error:
             _fail(str(error))
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(
-                f"{where}{error.strerror or error}: give another path, or see to its permissions "
-                "and the space that is left"
+            from abe.data.decode import ReadingError, printable
+
+            where = f"{printable(error.filename)}: " if error.filename else ""
+            advice = (
+                "see to the disk, then give the same command again"
+                if isinstance(error, ReadingError)
+                else "give another path, or see to its permissions and the space that is left"
             )
+            _fail(f"{where}{error.strerror or error}: {advice}")
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            _fail("there is too little memory: lower train.batch_size, data.crop or the learners")
+            where = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
+            _fail(
+                f"there is too little memory{where}: lower train.batch_size, data.crop or the "
+                "learners"
+            )
 
 
 def _out_of_memory(error: Exception) -> bool:

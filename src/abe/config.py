@@ -12,7 +12,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -203,13 +203,33 @@ class Config(_Section):
         for key in ("root", "allow_partial", "workers", "cache"):
             del values["data"][key]
         values["data"]["source"] = PurePath(self.data.source).name
+        if self.model.weights is not None:
+            values["model"]["weights"] = PurePath(self.model.weights).name
         return values
+
+    def anchored(self) -> Self:
+        """The same with full paths, so that it finds its files from any working folder."""
+        from abe.model.weights import SOURCES
+
+        data, model = self.data, self.model
+        if data.root is not None:
+            data = data.model_copy(update={"root": str(Path(data.root).absolute())})
+        elif data.source != "synthetic":
+            data = data.model_copy(update={"source": str(Path(data.source).absolute())})
+        if model.weights is not None and model.weights not in SOURCES:
+            model = model.model_copy(update={"weights": str(Path(model.weights).absolute())})
+        return self.model_copy(update={"data": data, "model": model})
 
     @property
     def digest(self) -> str:
-        """12 hexadecimal digits of the portable values."""
-        text = json.dumps(self.portable(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """12 hexadecimal digits of the portable values, and of the weights if they are a file."""
+        found = hashlib.sha256(json.dumps(self.portable(), sort_keys=True).encode())
+        if self.model.weights is not None:
+            file = Path(self.model.weights)
+            file = file / "model.safetensors" if file.is_dir() else file
+            if file.is_file():
+                found.update(file.read_bytes())
+        return found.hexdigest()[:12]
 
 
 def _parse(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from rich.console import Console
 from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.data.splits import open_splits
+from abe.errors import InputError
 from abe.evaluate import evaluate_baselines
 from abe.report.html import write_report
 from abe.results import write_result
+from abe.runtime import read_json
 from abe.train import Trainer
 
 NETWORKS = {
@@ -22,7 +25,9 @@ NETWORKS = {
 }
 
 
-def run_demo(base: Config, folder: Path, console: Console) -> tuple[list[dict[str, Any]], Path]:
+def run_demo(
+    base: Config, folder: Path, console: Console, go_on: str = "the same again"
+) -> tuple[list[dict[str, Any]], Path]:
     """Score raw pixels and the pretrained start, train 1-head and ABE-4, write the report.
 
     A demo that was interrupted goes on where it was; one that is finished is shown again.
@@ -31,6 +36,7 @@ def run_demo(base: Config, folder: Path, console: Console) -> tuple[list[dict[st
         base: what the runs have in common.
         folder: where the runs and the report go.
         console: where to report progress.
+        go_on: the command that goes on with it, for who stops it.
 
     Returns:
         The records of all methods, and the report's path.
@@ -38,26 +44,34 @@ def run_demo(base: Config, folder: Path, console: Console) -> tuple[list[dict[st
     Raises:
         InputError: the data cannot be used.
     """
-    work = folder / base.digest
-    runs = [work / "raw-pixels", work / "pretrained-start"]
-    if not all((run / "result.json").exists() for run in runs):
-        console.print("Scoring raw pixels and the pretrained start ...")
-        splits = open_splits(base.data, base.protocol)
-        for run, result in zip(runs, evaluate_baselines(base, splits).values(), strict=True):
-            write_result(run, *result)
-    for name, settings in NETWORKS.items():
-        run = work / name
-        runs.append(run)
-        if (run / "result.json").exists():
-            continue
-        console.rule(f"{name}, {base.train.steps} steps")
-        trainer = (
-            Trainer.resume(run, console)
-            if checkpoints(run)
-            else Trainer(base.with_overrides(settings), run, console)
-        )
-        if trainer.fit() is None:
-            raise KeyboardInterrupt
+    base = base.anchored()
+    # Folders of one name hold different images: the place counts here.
+    place = json.dumps([base.data.source, base.data.root])
+    work = folder / f"{base.digest}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
+    runs = [work / "raw-pixels", work / "pretrained-start", *(work / name for name in NETWORKS)]
     page = folder / "report.html"
-    write_report(runs, page, console)
-    return [json.loads((run / "result.json").read_text()) for run in runs], page
+    try:
+        if not all((run / "result.json").exists() for run in runs[:2]):
+            console.print("Scoring raw pixels and the pretrained start ...")
+            splits = open_splits(base.data, base.protocol)
+            for run, result in zip(
+                runs[:2], evaluate_baselines(base, splits).values(), strict=True
+            ):
+                write_result(run, *result)
+        for run, (name, settings) in zip(runs[2:], NETWORKS.items(), strict=True):
+            if (run / "result.json").exists():
+                continue
+            console.rule(f"{name}, {base.train.steps} steps")
+            trainer = (
+                Trainer.resume(run, console)
+                if checkpoints(run)
+                else Trainer(base.with_overrides(settings), run, console)
+            )
+            if trainer.fit(go_on) is None:
+                raise KeyboardInterrupt
+        write_report(runs, page, console)
+    except InputError as error:
+        if not work.exists():
+            raise
+        raise InputError(f"{error} (to begin the demo anew, remove {work})") from None
+    return [read_json(run / "result.json") for run in runs], page

@@ -35,7 +35,7 @@ class RemoteFile:
 
 
 def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
-    """Fetch a file that has an address into `folder` unless it is there; -> its path.
+    """Fetch a file that has an address into `folder` unless it is there; -> its path, verified.
 
     The bytes go to a `.part` file beside it, which an interrupted download leaves behind and the
     next one continues, and which is renamed when it is complete and its checksum is right.
@@ -46,14 +46,17 @@ def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
         by_hand: what a person may do instead, for the messages.
 
     Raises:
-        InputError: the download failed, or the checksum of what came differs (it is deleted).
+        InputError: the checksum of the file that is there differs, the download failed, or the
+            checksum of what came differs (it is deleted).
     """
     assert file.url is not None
     path = folder / file.name
-    if path.exists():
-        return path
-    partial = path.with_name(f"{path.name}.part")
+    partial = partial_path(path)
     try:
+        if path.exists():
+            if difference := checksum_difference(path, file):
+                raise InputError(f"{path} has {difference}: remove it, and it is fetched again")
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         _continue(file, partial)
         difference = checksum_difference(partial, file)
@@ -69,6 +72,11 @@ def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
         f"{file.name}: what {file.url} sent has {difference}, so it was deleted. "
         f"Try again, or {by_hand}"
     )
+
+
+def partial_path(path: Path) -> Path:
+    """Where the bytes of a file are collected until they are complete."""
+    return path.with_name(f"{path.name}.part")
 
 
 def checksum_difference(path: Path, file: RemoteFile) -> str | None:

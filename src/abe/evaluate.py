@@ -78,6 +78,7 @@ def evaluate_test(
     best: Best | None = None,
     weights: dict[str, str] | None = None,
     method: str | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Embed and score the test images of a run, against their gallery or among themselves.
 
@@ -89,6 +90,7 @@ def evaluate_test(
         best: the checkpoint that was picked, and by what score.
         weights: origin of the pretrained start.
         method: name of an embedder that is no trained network.
+        facts: what the record says of the data, if not `splits.describe()`.
     """
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
@@ -115,7 +117,8 @@ def evaluate_test(
         config,
         scores=score(embeddings, splits.test.labels, ks, gallery, gallery_labels),
         best=best,
-        data=splits.describe(),
+        data=facts or splits.describe(),
+        images_digest=splits.digest,
         weights=weights,
         environment=environment(device) | {"precision": precision},
         method=method,
@@ -232,13 +235,14 @@ def pair_cosines(embeddings: Tensor, labels: Tensor, sample: int = 1000) -> dict
     Args:
         embeddings: (N, M, d), each learner of unit length.
         labels: (N,).
-        sample: images that the pairs are drawn from, evenly spaced: all pairs of 10^5 are too many.
+        sample: images that the pairs are drawn from, of whole classes: all pairs of 10^5 images are
+            too many, and single images of small classes have no positive pair.
 
     Returns:
         "positive" and "negative": pairs of images by the same learner; "self": pairs of learners
         on the same image.
     """
-    rows = torch.linspace(0, len(labels) - 1, min(sample, len(labels))).long()
+    rows = _whole_classes(labels, sample)
     embeddings, labels = embeddings[rows], labels[rows]
     between_images = torch.einsum("imd,jmd->ijm", embeddings, embeddings)
     between_learners = torch.einsum("ipd,iqd->ipq", embeddings, embeddings)
@@ -250,6 +254,15 @@ def pair_cosines(embeddings: Tensor, labels: Tensor, sample: int = 1000) -> dict
         "negative": between_images[~same].flatten(),
         "self": between_learners[:, other_learner].flatten(),
     }
+
+
+def _whole_classes(labels: Tensor, sample: int) -> Tensor:
+    """Indices of at most `sample` images: classes in a fixed random order, until it is reached."""
+    if len(labels) <= sample:
+        return torch.arange(len(labels))
+    _, of_image = labels.unique(return_inverse=True)
+    order = torch.randperm(int(of_image.max()) + 1, generator=torch.Generator().manual_seed(0))
+    return order.argsort()[of_image].argsort(stable=True)[:sample].sort().values
 
 
 def similarity(embeddings: Tensor, labels: Tensor) -> dict[str, float | None]:

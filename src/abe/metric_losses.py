@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import inspect
 from collections.abc import Iterable
@@ -30,16 +31,21 @@ class PerLearnerLoss(nn.Module):
         """(B, M, d), (B,) -> (M,), in float32 whatever autocast says.
 
         Raises:
-            InputError: the loss refuses the batch; `SmoothAPLoss`, for one, wants equally many
-                images of every class.
+            InputError: the loss refuses the batch, whatever it raises to say so; `SmoothAPLoss`,
+                for one, wants equally many images of every class.
         """
         learners = zip(self.losses, embeddings.float().unbind(1), strict=True)
         try:
             with torch.autocast(embeddings.device.type, enabled=False):
                 return torch.stack([loss(learner, labels) for loss, learner in learners])
-        except ValueError as error:
+        except (ValueError, RuntimeError, LookupError, AssertionError, TypeError) as error:
+            if isinstance(error, RuntimeError) and "memory" in str(error):  # too little of it
+                raise
             name = type(self.losses[0]).__name__
-            raise InputError(f"metric loss {name!r} refuses the batch: {error}") from error
+            raise InputError(
+                f"metric loss {name!r} refuses the batch ({error}): change train.sampler or "
+                "train.batch_size, or choose another train.metric_loss"
+            ) from error
 
 
 def metric_loss_from_spec(
@@ -53,15 +59,15 @@ def metric_loss_from_spec(
 
     Args:
         spec: such as "MultiSimilarityLoss(alpha=2)" or "ProxyAnchorLoss". Arguments are keywords
-            with literal values; nothing is evaluated. A `num_classes` or `embedding_size` that
-            the loss requires is filled in.
+            with literal values; nothing is evaluated. A number of classes or a size of embeddings
+            that the loss requires is filled in.
         num_learners: M.
         learner_dim: d.
         num_classes: classes that are trained on.
 
     Raises:
-        InputError: spec is not of this form, names no such loss or argument, or the loss does not
-            give a finite scalar for a trial batch.
+        InputError: spec is not of this form, names no such loss or argument, or the loss fails
+            two steps of a trial, with finite values and gradients.
     """
     from pytorch_metric_learning import losses
 
@@ -82,17 +88,21 @@ def metric_loss_from_spec(
     for key in arguments:
         if key not in parameters:
             raise InputError(f"{name} has no argument {key!r}{_nearest(key, parameters)}")
-    sizes = {"num_classes": num_classes, "embedding_size": learner_dim}
+    sizes = {
+        "num_classes": num_classes,
+        "embedding_size": learner_dim,
+        "descriptors_dim": learner_dim,  # P2SGradLoss
+    }
     required = {key for key, value in parameters.items() if value.default is value.empty}
     arguments = {key: sizes[key] for key in sizes.keys() & required} | arguments
 
     try:
         loss = PerLearnerLoss(known[name](**arguments) for _ in range(num_learners))
-        trial = _trial(loss.losses[0], learner_dim, num_classes)
+        _try(copy.deepcopy(loss.losses[0]), learner_dim, num_classes)
     except Exception as error:  # whatever a loss of another library raises on what it was given
-        raise InputError(f"metric loss {spec!r} cannot be used: {error}") from error
-    if trial.numel() != 1 or not trial.isfinite():
-        raise InputError(f"metric loss {spec!r} gives {trial} for a trial batch")
+        raise InputError(
+            f"metric loss {spec!r} cannot be used: {error}. Correct its arguments or choose another"
+        ) from error
     return loss
 
 
@@ -133,9 +143,23 @@ def _nearest(name: str, choices: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-def _trial(loss: nn.Module, learner_dim: int, num_classes: int) -> Tensor:
-    """The loss of random unit vectors, two of each class, from four classes at most."""
+def _try(loss: nn.Module, learner_dim: int, num_classes: int) -> None:
+    """Two steps on random unit vectors, two of each class, from four classes at most.
+
+    The second step is where a loss fails that keeps the first one's graph.
+
+    Raises:
+        ValueError: a value that is no finite scalar, or a gradient that is not finite.
+        Exception: whatever the loss raises.
+    """
     labels = torch.arange(min(num_classes, 4)).repeat_interleave(2)
-    embeddings = torch.randn(len(labels), learner_dim, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return loss(F.normalize(embeddings, dim=1), labels)
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2):
+        vectors = torch.randn(len(labels), learner_dim, generator=generator)
+        embeddings = F.normalize(vectors, dim=1).requires_grad_()
+        value = loss(embeddings, labels)
+        if value.numel() != 1 or not value.isfinite():
+            raise ValueError(f"step {step} of a trial gives {value}")
+        value.backward()
+        if embeddings.grad is None or not embeddings.grad.isfinite().all():
+            raise ValueError(f"step {step} of a trial gives no finite gradient")

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from abe.errors import InputError
 from abe.neighbors import nearest_neighbors
 
-Array = Tensor | NDArray[Any]
+Array = Tensor | NDArray[Any]  # labels may be of any kind that can be sorted: numbers, strings
 KS = (1, 2, 4, 8)  # of Tables 1 to 5
 
 
@@ -47,14 +48,14 @@ def recall_at_k(
         For each K a fraction between 0 and 1, over the queries that have a match.
 
     Raises:
-        InputError: a K below 1 or above the number of candidates, no K at all, no query with a
-            match, shapes that do not fit, embeddings that are not finite.
+        InputError: a K below 1 or above the number of candidates, no list of Ks or an empty one, no
+            query with a match, no images, shapes that do not fit, embeddings that are not finite.
     """
-    ks = list(ks)
-    if not ks or min(ks) < 1:
-        raise InputError(f"ks={ks}: give at least one K, each 1 or more")
-    matches, _ = _matches(query, query_labels, gallery, gallery_labels, max(ks))
-    return {k: matches[:, :k].any(1).double().mean().item() for k in ks}
+    wanted = list(ks) if isinstance(ks, Iterable) else []
+    if not wanted or not all(isinstance(k, int | np.integer) and k >= 1 for k in wanted):
+        raise InputError(f"ks={ks}: give at least one K, each 1 or more, as in [1, 2, 4, 8]")
+    matches, _ = _matches(query, query_labels, gallery, gallery_labels, max(wanted))
+    return {k: matches[:, :k].any(1).double().mean().item() for k in wanted}
 
 
 def r_precision(
@@ -108,17 +109,17 @@ def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
         seed: of k-means; the same seed gives the same clusters.
 
     Raises:
-        InputError: shapes that do not fit, embeddings that are not finite.
+        InputError: no images, shapes that do not fit, embeddings that are not finite.
     """
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    embeddings, labels = _tensors(embeddings, labels, "embeddings")
+    embeddings, labels = _checked(embeddings, labels, "embeddings")
     if not embeddings.isfinite().all():
         raise InputError("embeddings are not finite")
-    kmeans = KMeans(n_clusters=len(labels.unique()), n_init=1, random_state=seed)
+    kmeans = KMeans(n_clusters=len(np.unique(labels)), n_init=1, random_state=seed)
     clusters = kmeans.fit_predict(embeddings.detach().float().cpu().numpy())
-    return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
+    return float(normalized_mutual_info_score(labels, clusters))
 
 
 def _matches(
@@ -136,14 +137,15 @@ def _matches(
     """
     if (gallery is None) != (gallery_labels is None):
         raise InputError("gallery and gallery_labels: give both or neither")
-    query, query_labels = _tensors(query, query_labels, "query")
+    query, query_labels = _checked(query, query_labels, "query")
     items, item_labels = query, query_labels
     if gallery is not None and gallery_labels is not None:
-        items, item_labels = _tensors(gallery, gallery_labels, "gallery")
+        items, item_labels = _checked(gallery, gallery_labels, "gallery")
 
-    _, classes = torch.cat([query_labels, item_labels]).unique(return_inverse=True)
+    names, inverse = np.unique(np.concatenate([query_labels, item_labels]), return_inverse=True)
+    classes = torch.as_tensor(inverse, device=query.device)
     query_classes, item_classes = classes.split([len(query), len(items)])
-    class_sizes = item_classes.bincount(minlength=len(classes))
+    class_sizes = item_classes.bincount(minlength=len(names))
     relevant = class_sizes[query_classes] - int(gallery is None)  # (Q,)
     answerable = relevant > 0
     num_left_out = int((~answerable).sum())
@@ -160,19 +162,19 @@ def _matches(
     indices = nearest_neighbors(
         query, None if gallery is None else items, depth, similarity="euclidean"
     ).indices
-    matches = (item_labels[indices] == query_labels.unsqueeze(1))[answerable]
+    matches = (item_classes[indices] == query_classes.unsqueeze(1))[answerable]
     relevant = relevant[answerable]
     if k is None:
         matches &= torch.arange(depth, device=matches.device) < relevant.unsqueeze(1)
     return matches, relevant.double()
 
 
-def _tensors(embeddings: Array, labels: Array, name: str) -> tuple[Tensor, Tensor]:
+def _checked(embeddings: Array, labels: Array, name: str) -> tuple[Tensor, NDArray[Any]]:
     embeddings = torch.as_tensor(embeddings)
-    labels = torch.as_tensor(labels, device=embeddings.device)
-    if embeddings.ndim != 2 or labels.shape != (len(embeddings),):
+    labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if embeddings.ndim != 2 or 0 in embeddings.shape or labels.shape != (len(embeddings),):
         raise InputError(
             f"{name} and its labels have shapes {tuple(embeddings.shape)} and "
-            f"{tuple(labels.shape)}: expected (images, size) and (images,)"
+            f"{tuple(labels.shape)}: expected (images, size) and (images,), none of them 0"
         )
     return embeddings, labels

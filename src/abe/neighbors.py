@@ -44,7 +44,8 @@ def nearest_neighbors(
             index and not by distance, so that its duplicates stay.
         k: neighbours of each query.
         similarity: "inner_product", or "euclidean": minus the squared distance. For vectors of
-            unit length both give the same order.
+            unit length both give the same order, but nearly equal ones, of a collapsed network,
+            lose their digits in the inner product; here they are moved to the origin first.
         query_block: queries that are compared at a time.
         gallery_block: gallery items that they are compared with at a time. Beyond its input and
             output the search needs a few times query_block x (gallery_block + k) numbers.
@@ -56,12 +57,9 @@ def nearest_neighbors(
     if similarity not in get_args(Similarity):
         names = ", ".join(map(repr, get_args(Similarity)))
         raise InputError(f"similarity {similarity!r}: choose one of {names}")
-    query, norms = _prepare(query, "query")
+    query = _checked(query, "query")
     leave_out_self = gallery is None
-    if gallery is None:
-        gallery = query
-    else:
-        gallery, norms = _prepare(gallery.to(query.dtype), "gallery")
+    gallery = query if gallery is None else _checked(gallery.to(query.dtype), "gallery")
     if query.shape[1] != gallery.shape[1]:
         raise InputError(
             f"query has {query.shape[1]} columns and gallery {gallery.shape[1]}: "
@@ -73,6 +71,13 @@ def nearest_neighbors(
     if k > candidates:
         raise InputError(f"k={k}, but a query has only {max(candidates, 0)} candidates")
 
+    norms = gallery.square().sum(1)
+    if similarity == "euclidean":
+        # The item nearest to the mean, and not the mean, so that exact numbers stay exact.
+        middle = gallery[(gallery - gallery.mean(0)).square().sum(1).argmin()]
+        moved_norms = (gallery - middle).square().sum(1)
+        if moved_norms.sum() < norms.sum():
+            query, gallery, norms = query - middle, gallery - middle, moved_norms
     scores = query.new_empty(len(query), k)
     indices = torch.empty(len(query), k, dtype=torch.int64, device=query.device)
     for row in range(0, len(query), query_block):
@@ -115,13 +120,13 @@ def _top_leftmost(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, chosen.gather(1, order)
 
 
-def _prepare(vectors: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The vectors in float32 or float64, and their squared norms."""
+def _checked(vectors: Tensor, name: str) -> Tensor:
+    """The vectors in float32 or float64."""
     if vectors.ndim != 2:
         raise InputError(f"{name} has shape {tuple(vectors.shape)}: expected (images, size)")
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    norms = vectors.square().sum(1)
-    if not (finite := norms.isfinite()).all():
+    largest_distances = 4 * vectors.square().sum(1)  # squared, to one that is as long
+    if not (finite := largest_distances.isfinite()).all():
         row = int(finite.long().argmin())
         raise InputError(f"{name} row {row} is not finite, or too large to be squared")
-    return vectors, norms
+    return vectors

@@ -6,23 +6,25 @@ which software on which hardware, and the scores. No figure that we show is type
 
 from __future__ import annotations
 
-import copy
 import datetime
 import json
+import shutil
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
-from abe.runtime import append_json_line, read_json_lines, write_json
+from abe.runtime import append_json_line, read_json_lines, resume_command, typed, write_json
 
 
 def method_name(config: Config) -> str:
@@ -49,8 +51,20 @@ def result_record(
     weights: dict[str, str] | None,
     environment: dict[str, Any],
     method: str | None = None,
+    images_digest: str | None = None,
 ) -> dict[str, Any]:
-    """One line of `runs.jsonl`; `method` other than the network's for what was not trained."""
+    """One line of `runs.jsonl`.
+
+    Args:
+        config: of the run.
+        scores: see `abe.evaluate.score`.
+        best: the checkpoint that was picked; None for what was not trained.
+        data: see `Splits.describe`.
+        weights: origin of the pretrained start.
+        environment: see `abe.runtime.environment`.
+        method: name of what was not trained; the network's by default.
+        images_digest: see `Splits.digest`.
+    """
     return {
         "method": method or method_name(config),
         "protocol": config.protocol,
@@ -59,6 +73,7 @@ def result_record(
         "seed": config.seed,
         "config_digest": config.digest,
         "data": data,
+        "images_digest": images_digest,
         "weights": weights,
         "scores": scores,
         "environment": environment,
@@ -77,11 +92,28 @@ def write_result(
         record: see `result_record`.
         embeddings: of the test images, (N, M, d).
         gallery: of what they were compared with, (G, M, d), if not with each other.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    saved, result = folder / "embeddings.safetensors", folder / "result.json"
     tensors = {"embeddings": embeddings} | ({} if gallery is None else {"gallery": gallery})
-    save_file(tensors, folder / "embeddings.safetensors")
-    write_json(folder / "result.json", record)
+    writing = saved
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, saved)
+        writing = result
+        write_json(result, record)
+        shutil.copymode(result, saved)  # save_file leaves it readable by its owner alone
+    except (OSError, SafetensorError) as error:  # the latter of an OSError in save_file
+        kept = (
+            f"; the run's checkpoints are kept: `{resume_command(folder)}` scores and writes it "
+            f"again, `{typed('eval', folder)}` scores alone"
+        )
+        raise InputError(
+            f"{writing} cannot be written ({error}): make room for it or see to its permissions"
+            + kept * (not _is_baseline(record))
+        ) from None
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -99,10 +131,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise InputError(f"{path} has no results: `abe train` and `abe eval` add them")
     for number, record in enumerate(records, start=1):
-        if not {"method", "seed", "data", "config", "scores"} <= record.keys():
+        try:
+            markdown_table(summarize([record]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path}, line {number} is no result of `abe train` or `abe eval`: remove it"
-            )
+                f"{path}, line {number} is no result of `abe train` or `abe eval` ({error!r}): "
+                "remove it"
+            ) from None
     return records
 
 
@@ -110,7 +145,9 @@ def scores_table(records: Iterable[dict[str, Any]]) -> Table:
     """Results side by side, for the terminal: fractions as percentages, learners by their range."""
     records = list(records)
     columns = [key for key in records[0]["scores"]["ensemble"] if key.startswith("recall@")]
-    table = Table("method")
+    table = Table(
+        Column("method", overflow="fold", min_width=16), box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column in columns:
         table.add_column(column.replace("recall@", "R@"), justify="right")
     for column in ("MAP@R", "learners' R@1", "learners' cosine", "step"):
@@ -134,23 +171,55 @@ def scores_table(records: Iterable[dict[str, Any]]) -> Table:
 
 
 def data_title(data: dict[str, Any]) -> str:
-    """What to call the data of a record wherever a score on them is shown, stamps included."""
-    stamps = data.get("stamps")
-    return f"{data['name']} ({'; '.join(stamps)})" if stamps else data["name"]
+    """What to call the data of a record wherever a score on them is shown.
+
+    With what has to be said of them: other data that the run was trained on, and stamps.
+    """
+    trained_on = [f"trained on {data['trained_on']}"] if "trained_on" in data else []
+    notes = [*trained_on, *data.get("stamps", [])]
+    return f"{data['name']} ({'; '.join(notes)})" if notes else data["name"]
 
 
 def _test_images(data: dict[str, Any]) -> str:
     gallery = data.get("gallery_images")
     against = f", searched in {gallery:,} gallery images" if gallery else ""
+    skipped = f", unreadable files left out: {data['skipped']:,}" if data["skipped"] else ""
     return (
         f"{data['test_images']:,} test images of {data['test_classes']:,} classes not seen in "
-        f"training{against}"
+        f"training{against}{skipped}"
     )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings that are not the same in all of several flat configurations."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [n for n in names if any(each.get(n) != settings[0].get(n) for each in settings)]
+
+
+def told_apart(name: str, own: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> str:
+    """A name with those settings that differ among all of that name: "ABE-2^8 (lr 0.1)"."""
+    notes = []
+    for setting in differing(alike):
+        value = own.get(setting)
+        shown = f"{value:.12g}" if isinstance(value, float) else value
+        notes.append(f"{setting.rpartition('.')[2]} {shown}")
+    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 @dataclass(frozen=True)
 class Summary:
     """The runs of one method that differ in their seed alone, at the rate that was chosen.
+
+    Or a baseline, which has no training to choose a rate for.
 
     Attributes:
         record: one of the runs, for what they have in common.
@@ -172,22 +241,22 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
 
     A run that was scored again counts once: the last record of a seed and rate is taken.
     Of several learning rates the one with the best Recall@1 on the images that the protocol
-    selects by is kept, judged by the smallest seed, which every rate was run with. Scores are those
-    of the ensemble, "learner recall@1" (mean of the learners) and "learner cosine".
+    selects by is kept, on average over its seeds. Scores are those of the ensemble that all of the
+    seeds have, "learner recall@1" and "best learner recall@1" (mean and maximum of the learners)
+    and "learner cosine".
     """
     groups: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for record in records:
-        config = copy.deepcopy(record["config"])
-        del config["seed"]
-        rate = config["train"].pop("lr")
-        key = json.dumps([record["method"], record["data"], config], sort_keys=True)
-        groups.setdefault(key, {}).setdefault(rate, {})[record["seed"]] = record
+        key = json.dumps([record["method"], record["data"], _settings(record)], sort_keys=True)
+        rate, seed = float(record["config"]["train"]["lr"]), int(record["seed"])
+        groups.setdefault(key, {}).setdefault(rate, {})[seed] = record
     summaries = []
     for by_seed in groups.values():
         by_rate = {rate: [runs[seed] for seed in sorted(runs)] for rate, runs in by_seed.items()}
-        best = max(by_rate, key=lambda rate: by_rate[rate][0]["selection_recall@1"] or 0)
+        best = max(by_rate, key=lambda rate: _selection_recall(by_rate[rate]))
         values = [_scores(record) for record in by_rate[best]]
-        columns = {name: [value[name] for value in values] for name in values[0]}
+        names = [name for name in values[0] if all(name in value for value in values)]
+        columns = {name: [value[name] for value in values] for name in names}
         summaries.append(
             Summary(
                 record=by_rate[best][0],
@@ -203,67 +272,116 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     return summaries
 
 
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What scores of a method depend on but for seed and learning rate; weights by their hash."""
+    settings = flatten(record["config"])
+    del settings["seed"], settings["train.lr"]
+    if _is_baseline(record):
+        settings = {k: v for k, v in settings.items() if k.startswith(("data.", "protocol"))}
+    if weights := record["weights"]:
+        settings["model.weights"] = f"{PurePath(weights['source']).name} {weights['sha256'][:12]}"
+    return settings
+
+
+def _is_baseline(record: dict[str, Any]) -> bool:
+    return record["selected_step"] is None
+
+
+def _selection_recall(records: list[dict[str, Any]]) -> float:
+    return statistics.fmean(record["selection_recall@1"] or 0 for record in records)
+
+
 def _scores(record: dict[str, Any]) -> dict[str, float]:
     scores = record["scores"]
     learners = [learner["recall@1"] for learner in scores["learners"]]
     flat = dict(scores["ensemble"])
     if len(learners) > 1:
         flat["learner recall@1"] = statistics.fmean(learners)
+        flat["best learner recall@1"] = max(learners)
         flat["learner cosine"] = scores["similarity"]["self"]
     return flat
 
 
 def markdown_table(summaries: Iterable[Summary]) -> str:
-    """One Markdown table a data set: means over seeds, percent, with standard deviations."""
-    by_data: dict[str, list[Summary]] = {}
+    """Markdown tables: means over seeds, percent, with standard deviations.
+
+    One for each data set, protocol and crop, and for each number of steps and size of a batch that
+    networks were trained with there; baselines are in all of those.
+    """
+    by_images: dict[str, list[Summary]] = {}
     for summary in summaries:
-        by_data.setdefault(json.dumps(summary.record["data"]), []).append(summary)
-    return "\n\n".join(_data_table(group) for group in by_data.values())
+        record = summary.record
+        crop = record["config"]["data"]["crop"]
+        key = json.dumps([record["data"], record["protocol"], crop], sort_keys=True)
+        by_images.setdefault(key, []).append(summary)
+    tables = []
+    for group in by_images.values():
+        baselines = [summary for summary in group if _is_baseline(summary.record)]
+        trained: dict[str, list[Summary]] = {}
+        for summary in group:
+            if not _is_baseline(summary.record):
+                trained.setdefault(_schedule(summary.record), []).append(summary)
+        tables += [_table(baselines + rows) for rows in trained.values() or [[]]]
+    return "\n\n".join(tables)
 
 
-def _data_table(summaries: list[Summary]) -> str:
-    first = summaries[0].record
-    data, train = first["data"], first["config"]["train"]
-    recalls = [name for name in first["scores"]["ensemble"] if name.startswith("recall@")]
+def _table(summaries: list[Summary]) -> str:
+    """What was trained on the same images by the same schedule, behind its baselines."""
+    last = summaries[-1].record
+    data = last["data"]
+    recalls = [name for name in last["scores"]["ensemble"] if name.startswith("recall@")]
     names = [name.replace("recall@", "R@") for name in recalls]
     lines = [
         f"**{data_title(data)}**: {_test_images(data)}, {data['train_classes']:,} classes to learn "
-        f"from, {data['select_classes']:,} to choose by (protocol `{first['protocol']}`), "
-        f"{train['steps']} steps of {train['batch_size']} images at "
-        f"{first['config']['data']['crop']} px.",
+        f"from, {data['select_classes']:,} to choose by (protocol `{last['protocol']}`), "
+        f"{_schedule(last)} at {last['config']['data']['crop']} px.",
         "",
-        f"| method | loss | rate, of | seeds | {' | '.join(names)} | a learner's R@1 "
-        "| learners' cosine |",
-        f"|---|---|---|--:|{'--:|' * len(names)}--:|--:|",
+        f"| method | loss | rate, of | seeds | {' | '.join(names)} | learners' mean R@1 "
+        "| best learner's R@1 | learners' cosine |",
+        f"|---|---|---|--:|{'--:|' * len(names)}--:|--:|--:|",
     ]
     for summary in summaries:
+        own = _name_and_loss(summary)
+        alike = [_settings(each.record) for each in summaries if _name_and_loss(each) == own]
+        method, loss = own
         cosine = summary.scores.get("learner cosine")
         cells = [
-            summary.record["method"],
-            _loss_name(summary.record),
+            told_apart(method, _settings(summary.record), alike),
+            loss,
             _rate_name(summary),
             str(summary.seeds),
-            *(_percent(summary, name) for name in (*recalls, "learner recall@1")),
+            *(
+                _percent(summary, name)
+                for name in (*recalls, "learner recall@1", "best learner recall@1")
+            ),
             "" if cosine is None else f"{cosine:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _loss_name(record: dict[str, Any]) -> str:
-    if record["selected_step"] is None:
-        return ""
+def _schedule(record: dict[str, Any]) -> str:
+    """How much a network was trained; a baseline was not."""
+    if _is_baseline(record):
+        return "images"
+    train = record["config"]["train"]
+    return f"{train['steps']} steps of {train['batch_size']} images"
+
+
+def _name_and_loss(summary: Summary) -> tuple[str, str]:
+    record = summary.record
+    if _is_baseline(record):
+        return record["method"], ""
     train = record["config"]["train"]
     if train["metric_loss"] != "contrastive":
-        return str(train["metric_loss"])
-    return {"per_image": "Eq. 10", "sum": "Eq. 10, sum", "balanced": "Eq. 10, balanced"}[
-        train["normalization"]
-    ]
+        return record["method"], str(train["metric_loss"])
+    losses = {"per_image": "Eq. 10", "sum": "Eq. 10, sum", "balanced": "Eq. 10, balanced"}
+    return record["method"], losses[train["normalization"]]
 
 
 def _rate_name(summary: Summary) -> str:
     """The learning rate that was chosen, and how many were tried."""
-    if summary.record["selected_step"] is None:
+    if _is_baseline(summary.record):
         return ""
     return f"{summary.record['config']['train']['lr']:g}, {len(summary.rates)}"
 

@@ -7,8 +7,11 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -81,27 +84,60 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as one step: a reader sees the old one or the new one."""
-    text = json.dumps(value, indent=2) + "\n"
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of ours.
+
+    Raises:
+        InputError: it cannot be read or is no JSON object; the message names it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is no JSON object, so abe did not write it")
+    return value
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file as one step: a reader sees the old one or the new one.
+
+    What of a name is not UTF-8 is written as an escape.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as one step."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Add one line of JSON to a file, in a single write."""
+    """Add one line of JSON to a file, in a single write; a last line that was cut off is ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    with path.open("ab+") as file:
+        whole = file.tell() == 0
+        if not whole:
+            file.seek(-1, os.SEEK_END)
+            whole = file.read() == b"\n"
+        file.write((b"" if whole else b"\n") + json.dumps(value).encode() + b"\n")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]]:
     """All lines of a JSON-lines file.
+
+    Args:
+        path: the file.
+        cut_off: pass over a last line without an end, as a full disk or a kill leaves it.
 
     Raises:
         InputError: the file cannot be read, or a line is no JSON object; the message names it.
@@ -113,6 +149,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not in UTF-8, so abe did not write it") from None
+    if cut_off and lines and not lines[-1].endswith("\n"):
+        del lines[-1]
     values = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -128,9 +166,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return values
 
 
+def typed(*words: object) -> str:
+    """A command of `abe` as it can be typed where this process was started."""
+    program = sys.argv[0]
+    named = Path(program).name == "abe" and shutil.which("abe") != os.path.abspath(program)
+    return shlex.join([program if named else "abe", *map(str, words)])
+
+
 def resume_command(run: Path) -> str:
     """What to type to go on with a run."""
-    return shlex.join(["abe", "train", "--resume", str(run)])
+    return typed("train", "--resume", run)
 
 
 class StopSignal:
@@ -141,7 +186,10 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Listen while the context lasts; a second Ctrl-C stops at once."""
+        """Listen while the context lasts, in the main thread; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         handled = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, self._receive) for number in handled}
         try:

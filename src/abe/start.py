@@ -58,7 +58,7 @@ def start(config: Config) -> Start:
         preprocessing = Preprocessing(resize=resize, crop=crop)
         return Start(model, preprocessing, None, frozenset(), "random weights")
     weights = read_weights(config.model.weights)
-    report = load_pretrained(model.backbone_parts(), weights)
+    report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
     loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
     return Start(
         model,

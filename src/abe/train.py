@@ -51,19 +51,25 @@ from abe.runtime import (
     choose_device,
     choose_precision,
     environment,
+    read_json,
     read_json_lines,
+    replace_text,
     resume_command,
+    typed,
     write_json,
 )
 from abe.start import start
+
+IMAGES = "images.json"  # of a run: which images it learns and tests
 
 
 class Trainer:
     """Trains the network of a configuration in a run folder.
 
-    The folder receives config.json, environment.json, weights.txt (what the pretrained start
-    reached), metrics.jsonl, checkpoints/ and at the end result.json and embeddings.safetensors
-    (the test images', (N, M, d)).
+    The folder receives config.json, environment.json, images.json (which ones, and the classes that
+    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, checkpoints/ and
+    at the end result.json and embeddings.safetensors (the test images', (N, M, d)). Where there are
+    fewer classes than a class-balanced batch asks for, batches are smaller.
 
     Args:
         config: the run.
@@ -90,7 +96,11 @@ class Trainer:
                 f"{run} holds a run already: go on with `{resume_command(run)}`, "
                 "or give another folder"
             )
-        self.config = config
+        if checkpoint is None and (run / "result.json").exists():
+            raise InputError(
+                f"{run} holds the result of a run whose checkpoints are gone: give another folder"
+            )
+        self.config = config.anchored()
         self.run = run
         self.console = console or Console(stderr=True)
         self.device = choose_device(config.device)
@@ -98,7 +108,10 @@ class Trainer:
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)
         self.splits: Splits = open_splits(config.data, config.protocol, self.console)
-        self.sampler = _sampler(config, self.splits.train.labels)
+        if checkpoint is not None:
+            _require_same_images(run, self.splits)
+        self.config = self._with_batches_that_fit()
+        self.sampler = _sampler(self.config, self.splits.train.labels)
 
         self.model = self.start.model.to(self.device)
         self.preprocessing = self.start.preprocessing
@@ -113,26 +126,58 @@ class Trainer:
             self._restore(checkpoint)
 
     @classmethod
-    def resume(cls, run: Path, console: Console | None = None) -> Trainer:
+    def resume(
+        cls, run: Path, console: Console | None = None, *, device: str | None = None
+    ) -> Trainer:
         """A trainer that goes on from the newest checkpoint of `run`, exactly.
+
+        Args:
+            run: its folder.
+            console: where to report.
+            device: to go on with another device, and then not to the bit; None for the run's.
 
         Raises:
             InputError: `run` has no checkpoint, or it is damaged.
         """
         checkpoint = load_latest(run)
-        return cls(checkpoint.config, run, console, checkpoint=checkpoint)
+        config = _on_device(checkpoint.config, device)
+        return cls(config, run, console, checkpoint=checkpoint)
 
-    def fit(self) -> dict[str, Any] | None:
+    def fit(self, go_on: str | None = None) -> dict[str, Any] | None:
         """Train to the last step, pick the checkpoint, score the test images once.
+
+        Args:
+            go_on: the command to go on with, if not `abe train --resume`, for who stops the run.
 
         Returns:
             The record of the result (see `abe.results`), or None when a signal stopped the run:
             it is saved then and `resume` goes on.
 
         Raises:
-            InputError: the loss is not finite; the message names the step and the batch's files.
+            InputError: the loss or a gradient is not finite; the message names the step and the
+                batch's files.
         """
+        go_on = go_on or resume_command(self.run)
         self._begin()
+        try:
+            if not self._train(go_on):
+                return None
+            return self._finish()
+        except KeyboardInterrupt:
+            done = self.step == self.config.train.steps
+            where = "the training is complete" if done else "the last checkpoint stands"
+            self._say(f"Stopped, {where}. To go on: {go_on}")
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a process that reads images was ended ({error}): see to the memory, or lower "
+                f"data.workers; to go on from the last checkpoint: {go_on}"
+            ) from None
+
+    def _train(self, go_on: str) -> bool:
+        """Train to the last step; False if a signal stopped it before, when it is saved."""
         with StopSignal().listening() as stop, self._progress() as advance:
             if self.best is None:
                 self._evaluate_and_save()
@@ -148,21 +193,20 @@ class Trainer:
             ):
                 self.train_step(batch)
                 advance(self.step)
-                last = self.step == self.config.train.steps
-                if last or self.step % self.config.train.eval_every == 0:
+                if (
+                    self.step == self.config.train.steps
+                    or self.step % self.config.train.eval_every == 0
+                ):
                     self._evaluate_and_save()
                 elif stop.received:
                     self._save()
-                if stop.received and not last:
-                    self.console.print(
+                if stop.received:
+                    self._say(
                         f"Stopped by {stop.received} after step {self.step}, saved. "
-                        f"To go on: {resume_command(self.run)}",
-                        soft_wrap=True,
-                        markup=False,
-                        highlight=False,
+                        f"To go on: {go_on}"
                     )
-                    return None
-        return self._finish()
+                    return False
+        return True
 
     def train_step(self, batch: Batch) -> EnsembleLoss:
         """One step of the optimiser on Eq. 8; the learning rate is the schedule's at this step.
@@ -177,7 +221,7 @@ class Trainer:
         gates = GateStatistics(self.model) if logged else None
         loss, embeddings = self._loss(batch)
         if not math.isfinite(loss.total.item()):
-            self._refuse(loss.total.item(), batch)
+            self._refuse(f"the loss is {loss.total.item()}", batch)
 
         factor = lr_factor(self.step, train)
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
@@ -186,6 +230,8 @@ class Trainer:
         loss.total.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, train.clip_norm or math.inf)
+        if not math.isfinite(grad_norm.item()):
+            self._refuse(f"the gradient's length is {grad_norm.item()}", batch)
         before = _weights(self.model) if logged else {}
         self.optimizer.step()
         self.step += 1
@@ -245,10 +291,36 @@ class Trainer:
         normalize = self.config.train.normalize_embeddings
         return lambda unit, labels: loss(unit if normalize else raw, self.class_index[labels])
 
+    def _with_batches_that_fit(self) -> Config:
+        """The configuration, with fewer classes a batch where there are not as many."""
+        train, classes = self.config.train, len(np.unique(self.splits.train.labels))
+        fits = max(2, classes) * train.images_per_class
+        if train.sampler != "classes" or train.batch_size <= fits:
+            return self.config
+        self._say(
+            f"There are {classes} classes to learn from: batches have {fits} images in place of "
+            f"{train.batch_size}"
+        )
+        return self.config.with_overrides([f"train.batch_size={fits}"])
+
+    def _say(self, text: str) -> None:
+        """Print what may hold paths: as it is, unbroken."""
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
     def _begin(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
+        if self.best is None:  # the log may be of an attempt that was killed before it saved
+            (self.run / "metrics.jsonl").unlink(missing_ok=True)
+            write_json(
+                self.run / IMAGES,
+                {
+                    "digest": self.splits.digest,
+                    "data": self.splits.describe(),
+                    "learned_classes": self.splits.learned_classes,
+                },
+            )
         write_json(self.run / "config.json", self.config.to_json())
-        (self.run / "weights.txt").write_text(f"{self.start.report}\n", encoding="utf-8")
+        replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
         details = environment(self.device) | {
             "precision": self.precision,
@@ -282,6 +354,12 @@ class Trainer:
                 precision=self.precision,
                 workers=self.config.data.workers,
             )
+            if not embeddings.isfinite().all():
+                raise InputError(
+                    f"embeddings are not finite after step {self.step}: lower train.lr "
+                    f"({self.config.train.lr}), or see which layer is fast in "
+                    f"{self.run / 'metrics.jsonl'}, update_to_weight"
+                )
             return concat(embeddings)
 
         select, gallery = self.splits.select, self.splits.select_gallery
@@ -317,10 +395,9 @@ class Trainer:
             self.metric_loss.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
         torch.set_rng_state(checkpoint.training["torch_rng"])
         log = self.run / "metrics.jsonl"
-        kept = [line for line in read_json_lines(log) if line.get("step", 0) <= self.step]
-        beside = log.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        beside.replace(log)
+        lines = read_json_lines(log, cut_off=True)
+        kept = [line for line in lines if line.get("step", 0) <= self.step]
+        replace_text(log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
         selected = load_selected(self.run)
@@ -337,10 +414,10 @@ class Trainer:
         write_result(self.run, *evaluation)
         return evaluation.record
 
-    def _refuse(self, loss: float, batch: Batch) -> None:
+    def _refuse(self, problem: str, batch: Batch) -> None:
         names = [self.splits.train.describe(int(index)) for index in batch.indices]
         raise InputError(
-            f"the loss is {loss} at step {self.step}: lower train.lr ({self.config.train.lr}) or "
+            f"{problem} at step {self.step}: lower train.lr ({self.config.train.lr}) or "
             f"look at the images of this batch: {', '.join(names)}"
         )
 
@@ -356,7 +433,8 @@ class Trainer:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        off = not self.console.is_terminal  # where it would leave an empty line
+        with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
             task = progress.add_task(
                 "training", total=self.config.train.steps, completed=self.step, rate=""
             )
@@ -409,12 +487,7 @@ def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBala
     train = config.train
     if train.sampler == "pairs":
         return PairBatchSampler(labels, train.batch_size, config.seed)
-    classes_per_batch, rest = divmod(train.batch_size, train.images_per_class)
-    if rest:
-        raise InputError(
-            f"train.batch_size={train.batch_size} is no multiple of "
-            f"train.images_per_class={train.images_per_class}"
-        )
+    classes_per_batch = train.batch_size // train.images_per_class
     return ClassBalancedBatchSampler(labels, classes_per_batch, train.images_per_class, config.seed)
 
 
@@ -468,8 +541,16 @@ def _learner_cosine(embeddings: Tensor) -> float | None:
     return between.item() / (num_learners * (num_learners - 1))
 
 
+def _on_device(config: Config, device: str | None) -> Config:
+    return config if device is None else config.model_copy(update={"device": device})
+
+
 def evaluate_run(
-    path: Path, data: str | None = None, root: str | None = None, allow_partial: bool = False
+    path: Path,
+    data: str | None = None,
+    root: str | None = None,
+    allow_partial: bool = False,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Score a run's selected checkpoint, or a checkpoint folder, on its test images.
 
@@ -478,6 +559,7 @@ def evaluate_run(
         data: other images to test on, split as the run's own are; None for the run's own.
         root: where a benchmark was unpacked; None, without `data`, for where the run found it.
         allow_partial: go on with a part of a benchmark, as a run that was trained on one does.
+        device: another than the run's.
 
     Returns:
         The record of the result (see `abe.results`).
@@ -486,19 +568,75 @@ def evaluate_run(
         InputError: the checkpoint or the data cannot be used.
     """
     checkpoint = load_selected(path)
-    changes = []
-    if data is not None:
-        changes += [f"data.source={json.dumps(data)}", "data.root=null"]
-    if root is not None:
-        changes.append(f"data.root={json.dumps(root)}")
-    if allow_partial:
-        changes.append("data.allow_partial=true")
-    config = checkpoint.config.with_overrides(changes)
+    config = _on_device(checkpoint.config, device)
+    model = checkpoint.build_model().to(choose_device(config.device))
+    if data is None and root is None:
+        config = config.with_overrides(["data.allow_partial=true"] * allow_partial)
+        splits, facts = _open_own_images(path, config), None
+    else:
+        changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
+        if allow_partial:
+            changed["allow_partial"] = True
+        # Nothing is selected: no class has to be held out for it.
+        splits = open_splits(config.data.model_copy(update=changed), "paper")
+        facts = _facts_of_other_images(splits, _images_of(path))
     return evaluate_test(
-        checkpoint.build_model().to(choose_device(config.device)),
+        model,
         config,
-        open_splits(config.data, config.protocol),
+        splits,
         checkpoint.preprocessing,
         best=checkpoint.best,
         weights=checkpoint.weights,
+        facts=facts,
     ).record
+
+
+def _images_of(path: Path) -> dict[str, Any] | None:
+    """images.json of a run, or of a checkpoint's run; None if there is none."""
+    for folder in (path, path.parent.parent):
+        if (folder / IMAGES).exists():
+            return read_json(folder / IMAGES)
+    return None
+
+
+def _require_same_images(path: Path, splits: Splits) -> None:
+    """Raises InputError unless the images are those that the run at `path` learned and tested."""
+    own = _images_of(path)
+    if own is not None and own["digest"] != splits.digest:
+        raise InputError(
+            f"{splits.name}: images or classes were added, removed or renamed since {path} was "
+            "begun, so that classes it has learned may be among the test's: put them back as they "
+            "were, or train a new run"
+        )
+
+
+def _open_own_images(path: Path, config: Config) -> Splits:
+    try:
+        splits = open_splits(config.data, config.protocol)
+        _require_same_images(path, splits)
+    except InputError as error:
+        raise InputError(
+            f"the images of {path} cannot be opened: {error}; images that are elsewhere now are "
+            f"named behind it, as in `{typed('eval', path, 'DATA')}`"
+        ) from None
+    return splits
+
+
+def _facts_of_other_images(splits: Splits, own: dict[str, Any] | None) -> dict[str, Any]:
+    """What a record says of images that a run was tested on, but perhaps not trained on.
+
+    Args:
+        splits: of the images that are tested.
+        own: images.json of the run; None if it is not known.
+    """
+    facts = splits.describe()
+    if own is None:
+        return facts
+    if own["digest"] == splits.digest:  # the run's own, in another place
+        return own["data"]
+    learned = {key: n for key, n in own["data"].items() if key.startswith(("train_", "select_"))}
+    tested = {splits.test.class_names[label] for label in np.unique(splits.test.labels)}
+    if seen := tested & set(own["learned_classes"]):
+        stamp = f"{len(seen)} of {len(tested)} test classes were learned from"
+        facts["stamps"] = [*facts.get("stamps", []), stamp]
+    return facts | learned | {"trained_on": own["data"]["name"]}

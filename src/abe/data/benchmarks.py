@@ -19,16 +19,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from abe.data.datasets import ImageFiles, find_broken, image_folder
-from abe.data.decode import FORMATS, Box, BrokenImageError
+from abe.data.datasets import (
+    ImageFiles,
+    Source,
+    find_broken,
+    image_folder,
+    named,
+    progress,
+)
+from abe.data.decode import FORMATS, Box, BrokenImageError, printable
 from abe.download import RemoteFile
 from abe.errors import InputError
 from abe.metrics import KS
 
-NAMED = 5  # files or classes that a message names at most
 PROBED = 50  # images that are compared with their boxes
 
 
@@ -69,6 +74,7 @@ class Benchmark:
         ks: the K that the paper reports Recall@K for.
         cropped: whether images are cut to the official boxes.
         stamp: what every result on it has to say.
+        has_lists: whether lists name its images; else they are what its folders hold.
         mistaken: total of images -> what a copy of this size is likely to be.
     """
 
@@ -81,7 +87,14 @@ class Benchmark:
     ks: tuple[int, ...] = KS
     cropped: bool = False
     stamp: str | None = None
+    has_lists: bool = True
     mistaken: Mapping[int, str] = field(default_factory=dict)
+
+    def stamps(self, kept: int) -> tuple[str, ...]:
+        """What results on `kept` of its images have to say."""
+        of = _total(self.counts)
+        part = f"partial, {kept:,} of {of:,}" if kept != of else None
+        return tuple(filter(None, (self.stamp, part)))
 
     def check(
         self,
@@ -111,6 +124,7 @@ class Benchmark:
             listing.labels,
             listing.class_names,
             listing.boxes,
+            _real(listing.folder),
         ).select(np.flatnonzero(there))
         split = listing.split[there]
         faults += _repeated(listing) + _shared(listing) + _shrunk(images)
@@ -165,10 +179,7 @@ class Copy:
     @property
     def stamps(self) -> tuple[str, ...]:
         """What results on it have to say."""
-        stamps = [self.benchmark.stamp] if self.benchmark.stamp else []
-        if self.found != self.benchmark.counts:
-            stamps.append(f"partial, {_total(self.found):,} of {_total(self.benchmark.counts):,}")
-        return tuple(stamps)
+        return self.benchmark.stamps(len(self.images) - len(self.broken))
 
     def require(self, allow_partial: bool = False) -> Copy:
         """Itself, if it may be used.
@@ -187,10 +198,10 @@ class Copy:
     @property
     def _is_part(self) -> bool:
         return not self.faults and all(
-            self.listed[part].images <= whole.images
-            and self.listed[part].classes <= whole.classes
+            (listed == whole or (listed.images < whole.images and listed.classes <= whole.classes))
             and self.found[part].classes >= 2
             for part, whole in self.benchmark.counts.items()
+            for listed in (self.listed[part],)
         )
 
     def __str__(self) -> str:
@@ -207,14 +218,14 @@ class Copy:
         ]
         if self.missing:
             listed = f"{len(self.missing):,} of {_total(self.listed):,}"
-            lines.append(f"  missing files: {listed}: {_first(self.missing)}")
+            lines.append(f"  missing files: {listed}: {named(self.missing)}")
         if self.broken:
-            lines.append(f"  cannot be read: {len(self.broken):,}: {_first(self.broken)}")
+            lines.append(f"  cannot be read: {len(self.broken):,}: {named(self.broken)}")
         if cause := _cause(self):
             lines.append(f"  likely cause: {cause}")
         if self._is_part and not self.broken:
             lines.append("To go on with the part that is there: --allow-partial")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -250,6 +261,15 @@ def find_benchmark(name: str) -> Benchmark:
     raise InputError(f"there is no benchmark {name!r}: {hint}They are {', '.join(BENCHMARKS)}")
 
 
+def benchmark_of(source: Source) -> Benchmark | None:
+    """The benchmark that images are of, from files or prepared; None if they are of none.
+
+    It goes by the title, which files of one's own may have, too; but they have no K of their own.
+    """
+    titled = {benchmark.title: benchmark for benchmark in BENCHMARKS.values()}
+    return titled.get(source.images.name) if source.ks else None
+
+
 def benchmarks_table() -> Table:
     """All benchmarks, for the terminal."""
     table = Table()
@@ -280,7 +300,7 @@ def _are_there(folder: Path, paths: Sequence[str]) -> np.ndarray:
 
     One look at each directory: asking for each of 120,000 files takes many times as long.
     """
-    inside = folder.resolve()
+    inside = _real(folder)
     pure = [PurePosixPath(path) for path in paths]
     names = {parent: _file_names(inside, parent) for parent in {path.parent for path in pure}}
     return np.array([path.name in names[path.parent] for path in pure], bool)
@@ -288,18 +308,27 @@ def _are_there(folder: Path, paths: Sequence[str]) -> np.ndarray:
 
 def _file_names(inside: Path, parent: PurePosixPath) -> set[str]:
     try:
-        directory = (inside / parent).resolve()
+        directory = _real(inside / parent)
         if not directory.is_relative_to(inside):
             return set()
         with os.scandir(directory) as entries:
-            return {
-                entry.name
-                for entry in entries
-                if entry.is_file()
-                and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(inside))
-            }
+            return {entry.name for entry in entries if _is_file(entry, inside)}
     except (OSError, ValueError):  # no such directory, or no name that one could have
         return set()
+
+
+def _is_file(entry: os.DirEntry[str], inside: Path) -> bool:
+    try:
+        return entry.is_file() and (
+            not entry.is_symlink() or _real(Path(entry.path)).is_relative_to(inside)
+        )
+    except OSError:  # a link to itself, or to where one may not look
+        return False
+
+
+def _real(path: Path) -> Path:
+    """Without links; unlike `Path.resolve`, one that leads to itself is left as it is."""
+    return Path(os.path.realpath(path))
 
 
 def _counts(benchmark: Benchmark, labels: np.ndarray, split: np.ndarray) -> dict[str, Count]:
@@ -308,25 +337,20 @@ def _counts(benchmark: Benchmark, labels: np.ndarray, split: np.ndarray) -> dict
 
 
 def _broken(images: ImageFiles, console: Console | None) -> list[BrokenImageError]:
-    with Progress(console=console, transient=True, disable=console is None) as progress:
-        task = progress.add_task("reading images", total=len(images))
-
-        def on_progress(done: int) -> None:
-            progress.update(task, completed=done)
-
+    with progress(console, "reading images", len(images)) as on_progress:
         return list(find_broken(images, on_progress=on_progress).values())
 
 
 def _repeated(listing: Listing) -> list[str]:
     twice = [path for path, count in Counter(listing.paths).items() if count > 1]
-    return [f"the lists name {len(twice):,} files more than once: {_first(twice)}"] * bool(twice)
+    return [f"the lists name {len(twice):,} files more than once: {named(twice)}"] * bool(twice)
 
 
 def _shared(listing: Listing) -> list[str]:
     is_train = listing.split == "train"
     both = np.intersect1d(listing.labels[is_train], listing.labels[~is_train])
     names = [listing.class_names[label] for label in both]
-    return [f"{len(names):,} classes are in train and in test: {_first(names)}"] * bool(names)
+    return [f"{len(names):,} classes are in train and in test: {named(names)}"] * bool(names)
 
 
 def _shrunk(images: ImageFiles) -> list[str]:
@@ -358,15 +382,17 @@ def _cause(copy: Copy) -> str | None:
     for counts in (copy.found, copy.listed):
         if likely := benchmark.mistaken.get(_total(counts)):
             return likely
-    if not _total(copy.listed):
+    if copy.faults and not _total(copy.listed):
         if (copy.root / "train").is_dir() and (copy.root / "test").is_dir():
             return "a copy that was sorted into train and test is the classification split"
         return None  # the faults say what is wrong with the lists
-    if copy.listed != expected:
+    if copy.listed != expected and benchmark.has_lists:
         if sorted(copy.listed.values()) == sorted(expected.values()):
             return f"the lists of {' and '.join(expected)} are exchanged"
         return "lists that were changed or cut off; take the publisher's"
-    if copy.missing or copy.broken:
+    if _total(copy.found) > _total(expected):
+        return "files that are not part of it: take them out"
+    if copy.missing or copy.broken or copy.listed != expected:
         if not len(copy.images):
             return "images that are not unpacked, or not where the lists say"
         return "half a download, or an unpacking that stopped: unpack the archives again"
@@ -385,11 +411,6 @@ def _sizes(counts: Mapping[str, Count]) -> str:
     )
 
 
-def _first(items: Sequence[object]) -> str:
-    more = f" and {len(items) - NAMED:,} more" if len(items) > NAMED else ""
-    return ", ".join(str(item) for item in items[:NAMED]) + more
-
-
 # --- Reading the lists -------------------------------------------------------------------------
 
 
@@ -401,6 +422,10 @@ def _read_cub200(root: Path) -> Listing:
     class_of = _numbered(folder / "image_class_labels.txt", paths)
     box_of = _numbered(folder / "bounding_boxes.txt", paths)
     label_of = {number: label for label, number in enumerate(names)}
+    if wrong := [number for number in names if not number.isdecimal()]:
+        raise InputError(
+            f"{folder / 'classes.txt'} has class numbers that are none: {named(wrong)}"
+        )
     labels = []
     for image, path in paths.items():
         number = class_of[image]
@@ -415,7 +440,7 @@ def _read_cub200(root: Path) -> Listing:
         [f"images/{path}" for path in paths.values()],
         np.array(labels, np.int64),
         list(names.values()),
-        np.where(np.array(labels) < 100, "train", "test"),
+        np.where(np.array([int(class_of[image]) for image in paths]) <= 100, "train", "test"),
         [_box(box_of[image], folder / "bounding_boxes.txt", image) for image in paths],
     )
 
@@ -450,7 +475,7 @@ def _read_cars196(root: Path) -> Listing:
     paths, numbers, boxes = zip(*annotations, strict=True) if annotations else ((), (), ())
     labels = np.array(numbers, np.int64) - 1
     if outside := sorted({number for number in numbers if not 1 <= number <= len(names)}):
-        raise InputError(f"{file} names {len(names)} classes, but images are of {_first(outside)}")
+        raise InputError(f"{file} names {len(names)} classes, but images are of {named(outside)}")
     return Listing(folder, paths, labels, names, np.where(labels < 98, "train", "test"), boxes)
 
 
@@ -597,7 +622,7 @@ def _numbered(path: Path, wanted: Iterable[str] = ()) -> dict[str, str]:
             raise InputError(f"{path}, line {line_number}: {line!r} has no value or a second one")
         values[number] = value
     if absent := [number for number in wanted if number not in values]:
-        raise InputError(f"{path} has no line for {len(absent):,} images: {_first(absent)}")
+        raise InputError(f"{path} has no line for {len(absent):,} images: {named(absent)}")
     return values
 
 
@@ -699,6 +724,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             read=partial(_read_numbered_folders, name="cub200-2010", train_classes=100),
             homepage="https://www.vision.caltech.edu/datasets/",
             stamp=NOT_COMPARABLE,
+            has_lists=False,
         ),
         Benchmark(
             name="cars196-train-half",
@@ -707,6 +733,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             read=partial(_read_numbered_folders, name="cars196-train-half", train_classes=98),
             homepage=Cars196.homepage,
             stamp=NOT_COMPARABLE,
+            has_lists=False,
         ),
     )
 }

@@ -6,8 +6,11 @@ import csv
 import math
 import os
 import re
-from collections import Counter
+import time
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,13 +18,23 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
-from abe.data.decode import Box, BrokenImageError, read_image
+from abe.data.decode import Box, BrokenImageError, printable, read_image, use_image
+from abe.data.transforms import pad_to_square
 from abe.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OTHER_SUFFIX = re.compile(  # of images that are not read
+    r"\.(apng|arw|avif|cr2|cr3|dib|dng|eps|exr|hdr|heic|heif|ico|j2k|jp2|jpe|jpx|jxl|jxr|nef|nrw|"
+    r"orf|pbm|pcx|pef|pgm|pnm|ppm|psd|qoi|raf|raw|rw2|srw|svg|tga|xcf)",
+    re.IGNORECASE,
+)
 EDGES = ("x1", "y1", "x2", "y2")  # columns of a box
+COLUMNS = ("path", "label", "split", *EDGES)
 LISTED = 20  # files or classes that a message names at most
+PROGRESS_SECONDS = 60  # between two lines where there is no terminal
 
 
 class LabelledImages(Protocol):
@@ -84,6 +97,7 @@ class ImageFiles:
         labels: int64, (N,): indices into `class_names`.
         class_names: label -> name.
         boxes: x1, y1, x2, y2 in pixels of the upright image for each file, or None for all of it.
+        root: the resolved folder that links must not lead out of; None if they may lead anywhere.
     """
 
     name: str
@@ -91,6 +105,7 @@ class ImageFiles:
     labels: np.ndarray
     class_names: Sequence[str]
     boxes: Sequence[Box | None] | None = None
+    root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -99,9 +114,33 @@ class ImageFiles:
         """The image, or what its box holds of it, in mode RGB.
 
         Raises:
-            BrokenImageError: it cannot be read.
+            BrokenImageError: it cannot be read, or is a link to a folder or out of `root`.
+            MemoryError: as `read_image`.
+            ReadingError: as `read_image`.
         """
-        return read_image(self.paths[index], self.boxes[index] if self.boxes else None)
+        return read_image(*self._file(index))
+
+    def square(self, index: int, side: int) -> np.ndarray:
+        """What `pad_to_square` makes of it; -> uint8 (side, side, 3).
+
+        Of large images a process has one in memory at a time.
+
+        Raises:
+            BrokenImageError: as `load`.
+            MemoryError: as `load`.
+            ReadingError: as `load`.
+        """
+        return use_image(*self._file(index), lambda image: pad_to_square(image, side))
+
+    def _file(self, index: int) -> tuple[Path, Box | None]:
+        path = self.paths[index]
+        if self.root is not None and os.path.islink(path):
+            target = Path(os.path.realpath(path))
+            if target.is_dir() or not target.is_relative_to(self.root):
+                raise BrokenImageError(
+                    path, f"a link to a folder or out of {self.root}, and none is followed"
+                )
+        return path, self.boxes[index] if self.boxes else None
 
     def describe(self, index: int) -> str:
         """The file's path."""
@@ -150,7 +189,7 @@ def open_dataset(spec: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
     if singles := [images.class_names[int(label)] for label in np.flatnonzero(sizes == 1)]:
         raise InputError(
             f"{path} has classes with a single image ({len(singles)} of {len(sizes)}), which has "
-            f"no other to be compared with; add one or leave them out: {_listed(singles)}"
+            f"no other to be compared with; add one or leave them out: {named(singles)}"
         )
     return images, split
 
@@ -159,40 +198,55 @@ def image_folder(root: str | Path) -> ImageFiles:
     """Open a folder with one sub-folder a class; images may lie in folders within that.
 
     Classes and files are in natural order ("2" before "10"). What is hidden (".name") is passed
-    over, and so are files in class folders whose names do not end as an image's.
+    over, and so are files in class folders whose names do not end as an image's; of suffixes that
+    other images have, a warning says how many. In class folders, links to folders or out of `root`
+    are images that cannot be read.
 
     Raises:
-        InputError: the folder cannot be read or is empty, images lie directly in it, a class folder
-            has none, or a link leads to a folder or out of `root`, where none is followed.
+        InputError: the folder cannot be read or is empty, images or links to folders lie directly
+            in it, or a class folder has no images.
     """
     root = Path(root)
     inside = root.resolve()
-    folders, loose = _scan(root, inside)
+    folders, loose = _scan(root)
+    if links := [path.name for path in loose if _leads_to_folder(path)]:
+        raise InputError(
+            f"{root} has links to folders ({len(links)}), and none is followed: put copies in "
+            "their place, or list the images in a CSV file with the columns path and label: "
+            f"{named(links)}"
+        )
     if stray := [path.name for path in loose if _is_image(path)]:
         raise InputError(
             f"{root} has images directly in it ({len(stray)}): move them into one sub-folder a "
-            f"class, or list them in a CSV file with the columns path and label: {_listed(stray)}"
+            f"class, or list them in a CSV file with the columns path and label: {named(stray)}"
         )
     if not folders:
         raise InputError(f"{root} has no sub-folders{_seen(loose)}: it needs one a class")
     paths: list[Path] = []
     labels: list[int] = []
     empty: list[str] = []
+    others = [path for path in loose if _is_other_image(path)]
     for label, folder in enumerate(folders):
-        files = list(_files(folder, inside))
-        images = [path for path in files if _is_image(path)]
+        files = list(_files(folder))
+        images = [path for path in files if _is_image(path) or _leads_to_folder(path)]
         if not images:
             empty.append(f"{folder.name}{_seen(files)}")
         paths += images
         labels += [label] * len(images)
+        others += [path for path in files if _is_other_image(path)]
     if empty:
         raise InputError(
             f"{root} has class folders without images ({len(empty)} of {len(folders)}); remove "
-            f"them, or add files that end in {', '.join(IMAGE_SUFFIXES)}: {_listed(empty)}"
+            f"them, or add files that end in {', '.join(IMAGE_SUFFIXES)}: {named(empty)}"
         )
-    return ImageFiles(
-        inside.name, paths, np.array(labels, np.int64), [folder.name for folder in folders]
-    )
+    if others:
+        warnings.warn(
+            f"{root} has images of formats that are not read, which are passed over "
+            f"({_kinds(others)}): save them as JPEG or PNG to have them included",
+            stacklevel=2,
+        )
+    names = [folder.name for folder in folders]
+    return ImageFiles(inside.name, paths, np.array(labels, np.int64), names, root=inside)
 
 
 def image_csv(path: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
@@ -206,9 +260,9 @@ def image_csv(path: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
         The images, and "train" or "test" for each of them, or None without a split column.
 
     Raises:
-        InputError: the file cannot be read, a column or an image is missing, a value is none of
-            those above (the message has its line), a class is in both parts of the split, or a part
-            has fewer than 2 classes.
+        InputError: the file cannot be read, a column or an image is missing, a column is there
+            twice, or an image with the same box; a value is none of those above (the message has
+            its line), a class is in both parts of the split, or a part has fewer than 2 classes.
     """
     path = Path(path)
     lines = _read_lines(path)
@@ -231,7 +285,7 @@ def image_csv(path: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
     if shared := [names[label] for label in sorted(train & test)]:
         raise InputError(
             f"{path} has classes both in train and in test ({len(shared)} of {len(names)}), but an "
-            f"embedding is tested on classes it has not seen; choose one part: {_listed(shared)}"
+            f"embedding is tested on classes it has not seen; choose one part: {named(shared)}"
         )
     if min(len(train), len(test)) < 2:
         raise InputError(
@@ -262,14 +316,14 @@ def split_by_class(images: Images, train_fraction: float = 0.5) -> tuple[Images,
 
 
 class BrokenImagesError(InputError):
-    """Images of a data set that cannot be read; the message names the first of them.
+    """Images of a data set that cannot be read; the message names all of them.
 
     Attributes:
         errors: one for each of them.
     """
 
     def __init__(self, problem: str, errors: Sequence[BrokenImageError]) -> None:
-        super().__init__(f"{problem}:\n{_listed(errors, separator=chr(10))}")
+        super().__init__("\n".join([f"{problem}:", *map(str, errors)]))
         self.errors = errors
 
 
@@ -287,6 +341,10 @@ def find_broken(
         workers: threads, None for one a processor; Pillow decodes side by side in them.
         read: what reads the image of an index; None for `images.load`.
         on_progress: told the number of images done.
+
+    Raises:
+        MemoryError: there is too little memory for an image.
+        ReadingError: one cannot be read now, because of the disk, say.
     """
     read = read or images.load
 
@@ -319,6 +377,8 @@ def check_images(
     Raises:
         BrokenImagesError: some cannot be read, and `skip_broken` is off or leaves a class with
             fewer than 2 images that had more.
+        MemoryError: as `find_broken`.
+        ReadingError: as `find_broken`.
     """
     broken = find_broken(images, read=read, on_progress=on_progress)
     kept = np.delete(np.arange(len(images)), list(broken))
@@ -331,7 +391,7 @@ def check_images(
     before = np.bincount(images.labels)
     left = np.bincount(images.labels[kept], minlength=len(before))
     if few := np.flatnonzero((left < 2) & (before >= 2)).tolist():
-        names = _listed([images.class_names[label] for label in few])
+        names = named([images.class_names[label] for label in few])
         raise BrokenImagesError(
             f"{problem}, and without them classes are left with fewer than 2 ({names}): replace "
             "the images, or leave the classes out",
@@ -340,66 +400,94 @@ def check_images(
     return kept
 
 
-def _scan(folder: Path, root: Path) -> tuple[list[Path], list[Path]]:
-    """Folders and files directly in a folder, in natural order."""
+def named(items: Sequence[object], separator: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    shown = [printable(item) for item in items[:LISTED]]
+    more = [f"and {len(items) - LISTED:,} more"] if len(items) > LISTED else []
+    return separator.join(shown + more)
+
+
+@contextmanager
+def progress(console: Console | None, doing: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` images are done; -> what is to be told their number.
+
+    A bar on a terminal; elsewhere a line a minute. None for nothing.
+    """
+    if console is None:
+        yield lambda done: None
+    elif console.is_terminal:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(doing, total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        told = time.monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= PROGRESS_SECONDS:
+                told = time.monotonic()
+                console.print(f"{doing}: {done:,} of {total:,}")
+
+        yield tell
+
+
+def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders, and files and links, directly in a folder, in natural order."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
     except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror}") from None
+        raise InputError(f"{printable(folder)} cannot be read: {error.strerror}") from None
     folders: list[Path] = []
     files: list[Path] = []
     for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink() and _leads_away(path, root):
-            raise InputError(
-                f"{path} is a link to a folder or out of {root}, and none is followed: put a copy "
-                "in its place, or list the images in a CSV file with the columns path and label"
-            )
-        (folders if entry.is_dir(follow_symlinks=False) else files).append(path)
+        if not entry.name.startswith("."):
+            kind = folders if entry.is_dir(follow_symlinks=False) else files
+            kind.append(folder / entry.name)
     return folders, files
 
 
-def _leads_away(link: Path, root: Path) -> bool:
-    target = Path(os.path.realpath(link))
-    return target.is_dir() or (_is_image(link) and not target.is_relative_to(root))
-
-
-def _files(folder: Path, root: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Iterator[Path]:
     """All files in a folder and in those within it."""
-    folders, files = _scan(folder, root)
-    yield from files
-    for inner in folders:
-        yield from _files(inner, root)
+    stack = [folder]
+    while stack:
+        folders, files = _scan(stack.pop())
+        yield from files
+        stack += reversed(folders)
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _seen(files: Iterable[Path]) -> str:
+def _is_other_image(path: Path) -> bool:
+    return OTHER_SUFFIX.fullmatch(path.suffix) is not None
+
+
+def _leads_to_folder(file: Path) -> bool:
+    """Of what `_scan` takes for a file: a link that it has not followed."""
+    return os.path.isdir(file)
+
+
+def _seen(files: Sequence[Path]) -> str:
     """What there is in place of images."""
+    return f" but files ({_kinds(files)})" if files else ""
+
+
+def _kinds(files: Iterable[Path]) -> str:
     kinds = Counter(path.suffix.lower() or "without suffix" for path in files)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-    return f" but files ({counts})" if kinds else ""
+    return named([f"{count} {kind}" for kind, count in kinds.most_common()])
 
 
-def _natural(name: str) -> tuple[list[int | str], str]:
-    """A key that sorts "2" before "10"."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if part.isdecimal() else part for part in parts], name
-
-
-def _listed(items: Sequence[object], separator: str = ", ") -> str:
-    shown = [str(item) for item in items[:LISTED]]
-    more = [f"and {len(items) - LISTED} more"] if len(items) > LISTED else []
-    return separator.join(shown + more)
+def _natural(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """A key that sorts "2" before "10"; `int` refuses numbers of thousands of digits."""
+    parts = re.split(r"0*(\d+)", name.casefold())
+    return [(len(part), part) if part.isdecimal() else part for part in parts], name
 
 
 class _Line(NamedTuple):
     """One image of a CSV file."""
 
+    number: int
     path: Path
     label: str
     split: str | None
@@ -411,6 +499,11 @@ def _read_lines(path: Path) -> list[_Line]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             columns = [column.strip().lower() for column in reader.fieldnames or ()]
+            if twice := [column for column in COLUMNS if columns.count(column) > 1]:
+                raise InputError(
+                    f"{path} has more than one column {', '.join(twice)}: rename or remove the "
+                    "others"
+                )
             wanted = ["path", "label", *(EDGES if {*EDGES} & {*columns} else ())]
             if missing := [column for column in wanted if column not in columns]:
                 raise InputError(
@@ -419,7 +512,7 @@ def _read_lines(path: Path) -> list[_Line]:
                     f"{','.join(EDGES)}"
                 )
             reader.fieldnames = columns
-            lines = [_line(row, path.parent, f"{path}, line {reader.line_num}") for row in reader]
+            lines = [_line(row, path, reader.line_num) for row in reader]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not in UTF-8: save it as such") from None
     except csv.Error as error:
@@ -428,10 +521,23 @@ def _read_lines(path: Path) -> list[_Line]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not lines:
         raise InputError(f"{path} lists no images: after its first line comes one line for each")
+    lines_of: dict[tuple[str, Box | None], list[_Line]] = defaultdict(list)
+    for line in lines:
+        lines_of[os.path.abspath(line.path), line.box].append(line)
+    if repeated := [same for same in lines_of.values() if len(same) > 1]:
+        places = [
+            f"lines {' and '.join(str(line.number) for line in same)}: {same[0].path}"
+            for same in repeated
+        ]
+        raise InputError(
+            f"{path} lists {len(repeated)} images, or boxes of images, more than once; keep one "
+            f"line of each: {named(places)}"
+        )
     return lines
 
 
-def _line(row: dict[str, str], folder: Path, where: str) -> _Line:
+def _line(row: dict[str, str], path: Path, number: int) -> _Line:
+    where = f"{path}, line {number}"
     if None in row:
         raise InputError(f"{where}: more values than columns; put quotes around one with a comma")
     values = {column: (value or "").strip() for column, value in row.items()}
@@ -441,7 +547,7 @@ def _line(row: dict[str, str], folder: Path, where: str) -> _Line:
     if split not in (None, "train", "test"):
         raise InputError(f"{where}: split is {values['split']!r}, but has to be train or test")
     box = _box([values[edge] for edge in EDGES], where) if EDGES[0] in values else None
-    return _Line(folder / values["path"], values["label"], split, box)
+    return _Line(number, path.parent / values["path"], values["label"], split, box)
 
 
 def _box(edges: Sequence[str], where: str) -> Box | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
+import os
 import shutil
 import stat
 import tarfile
@@ -14,10 +17,19 @@ from typing import IO
 from rich.console import Console
 
 from abe.data.benchmarks import Benchmark, Copy, find_benchmark
-from abe.download import RemoteFile, checksum_difference, fetch
+from abe.download import RemoteFile, checksum_difference, fetch, partial_path
 from abe.errors import InputError
 
 ARCHIVES = (".tgz", ".zip")
+DAMAGES = (  # what reading a damaged archive raises
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    ValueError,  # names that no file can have
+)
 
 
 def get(name: str, root: str | Path, console: Console | None = None) -> Copy:
@@ -44,7 +56,7 @@ def get(name: str, root: str | Path, console: Console | None = None) -> Copy:
             f"{name} has to be fetched by hand, its publisher answers no program: "
             f"{_by_hand(benchmark, nowhere, root)}"
         )
-    _check_room(benchmark, absent, root)
+    _check_room(copy, absent)
     for file in benchmark.files:
         path = root / file.name
         console.print(f"{'Fetching' if file in absent else 'Verifying'} {file.name} ...")
@@ -64,7 +76,8 @@ def get(name: str, root: str | Path, console: Console | None = None) -> Copy:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack the files of a .tgz or .zip archive; its links and devices are left out.
 
-    A file gets its name when it is complete, so an interruption leaves no part of one under it.
+    A file gets its name when it is complete, so an interruption leaves no part of one under it. The
+    one checksum of a .tgz comes after its last file, when all of them have their names.
 
     Raises:
         InputError: the archive is damaged or takes a password, a file would land outside `folder`,
@@ -73,17 +86,20 @@ def unpack(archive: Path, folder: Path) -> None:
     inside = folder.resolve()
     try:
         for name, content in _members(archive):
-            target = (inside / name).resolve()  # through links that are there already
-            if not target.is_relative_to(inside):
+            target = Path(os.path.realpath(inside / name))  # through links that are there already
+            if inside not in target.parents:
                 raise InputError(f"{archive}: {name!r} would land outside {folder}; do not use it")
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.part")
-            with partial.open("wb") as file:
+            partial = partial_path(target)
+            partial.unlink(missing_ok=True)  # what an interruption has left, or a link to elsewhere
+            with partial.open("xb") as file:
                 shutil.copyfileobj(content, file)
             partial.replace(target)
+    except InputError:
+        raise
     except RuntimeError as error:  # how zipfile asks for a password
         raise InputError(f"{archive}: {error}: unpack it by hand in {folder}") from None
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except DAMAGES as error:
         raise InputError(f"{archive} is damaged ({error}): fetch it again") from None
     except OSError as error:
         raise InputError(f"{archive} cannot be unpacked in {folder}: {error}") from None
@@ -98,10 +114,12 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
                     with zipped.open(info) as unzipped:
                         yield info.filename, unzipped
     else:
-        with tarfile.open(archive) as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if member.isreg() and (content := tar.extractfile(member)):
                     yield member.name, content
+            while stream.read(2**20):  # to the end, where gzip compares its checksum
+                pass
 
 
 def _by_hand(benchmark: Benchmark, files: Sequence[RemoteFile], root: Path) -> str:
@@ -116,9 +134,13 @@ def _by_hand(benchmark: Benchmark, files: Sequence[RemoteFile], root: Path) -> s
     )
 
 
-def _check_room(benchmark: Benchmark, absent: Sequence[RemoteFile], root: Path) -> None:
+def _check_room(copy: Copy, absent: Sequence[RemoteFile]) -> None:
     """Photographs are compressed already: unpacked they take about what the archives take."""
+    benchmark, root = copy.benchmark, copy.root
+    partials = (partial_path(root / file.name) for file in absent)
+    there = [*copy.images.paths, *(path for path in partials if path.exists())]
     needed = sum(file.size or 0 for file in (*absent, *benchmark.files))
+    needed -= sum(path.stat().st_size for path in there)
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -5,6 +5,7 @@ Shapes: B images of H = W = `preprocessing.crop` pixels, N images in a data set.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ class BatchSampler(Protocol):
 
 @runtime_checkable
 class PaddedSquares(Protocol):
-    """A data set that has padded squares at hand, so that the loader need not decode its images."""
+    """A data set that has padded squares at hand, or makes them itself."""
 
     def square(self, index: int, side: int) -> np.ndarray:
         """What `pad_to_square` makes of the image, read-only; -> uint8 (side, side, 3)."""
@@ -69,6 +70,8 @@ def training_batches(
 
     Raises:
         InputError: an image cannot be read.
+        MemoryError: there is too little memory for one.
+        OSError: one cannot be read now, because of the disk, say.
     """
     batches = _Batches(images.labels, _padded(images), sampler, preprocessing, seed)
     return _load(batches, range(start_step, stop_step), workers, pin_memory)
@@ -85,6 +88,8 @@ def evaluation_batches(
 
     Raises:
         InputError: an image cannot be read.
+        MemoryError: there is too little memory for one.
+        OSError: one cannot be read now, because of the disk, say.
     """
     sampler = _InOrder(len(images), batch_size)
     batches = _Batches(images.labels, _padded(images), sampler, preprocessing)
@@ -156,6 +161,8 @@ def cache_decoded(
 
     Raises:
         InputError: as `check_images`, or the squares do not fit into memory.
+        MemoryError: as `check_images`.
+        ReadingError: as `check_images`.
     """
     shape = (len(images), side, side, 3)
     try:
@@ -188,7 +195,7 @@ class _InOrder:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batches(Dataset["Batch | InputError"]):
+class _Batches(Dataset["Batch | Exception"]):
     """A sampler's batches by step: random crops, or the centre crops if there is no seed.
 
     An error is handed over as a value: torch would turn one that a worker raises into another,
@@ -201,14 +208,14 @@ class _Batches(Dataset["Batch | InputError"]):
     preprocessing: Preprocessing
     seed: int | None = None
 
-    def __getitem__(self, step: int) -> Batch | InputError:
+    def __getitem__(self, step: int) -> Batch | Exception:
         indices = self.sampler.batch(step)
         crop = self.preprocessing.crop
         images = np.empty((len(indices), crop, crop, 3), np.uint8)
         try:
             for place, index in enumerate(indices):
                 images[place] = self._crop(int(index), step, place)
-        except InputError as error:
+        except (InputError, MemoryError, OSError) as error:
             return error
         return Batch(
             torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -253,15 +260,17 @@ def _load(batches: _Batches, steps: range, workers: int, pin_memory: bool) -> It
         generator=torch.Generator(),  # leaves the global random state alone
     )
     for batch in loader:
-        if isinstance(batch, InputError):
+        if isinstance(batch, Exception):
             raise batch
         yield batch
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and the main one may want to finish its step.
+    """Ctrl-C and `timeout` signal a whole group of processes: the main one answers, and saves.
 
     Where it does not, the thread that hands tensors over to it would print that as an exception.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     sys.excepthook = lambda *exception: None

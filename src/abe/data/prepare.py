@@ -13,6 +13,7 @@ at any time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -29,11 +30,17 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
-from abe.data.datasets import EDGES, ImageFiles, Source, check_images
-from abe.data.decode import BrokenImageError
-from abe.data.transforms import pad_to_square
+from abe.data.benchmarks import benchmark_of
+from abe.data.datasets import (
+    EDGES,
+    ImageFiles,
+    Source,
+    check_images,
+    named,
+    progress,
+)
+from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.errors import InputError
 
 VERSION = 1
@@ -41,7 +48,9 @@ SQUARES, INDEX, MANIFEST = "squares.npy", "index.parquet", "prepared.json"
 JOURNAL = "prepared.journal"
 LINE_BYTES = 1024  # of disk space for each image beside its square: lines of journal and index
 FLUSHED = 256  # images that are done between two writes to the journal
-NAMED = 20  # files that a message names at most
+GOES_ON = "what is done is kept, and the same command goes on with it"
+# Errors of a disk after which the same command may go on.
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,18 +137,22 @@ def open_prepared(folder: str | Path, side: int | None = None) -> Source:
     """
     folder = Path(folder)
     images, index = _map(folder)
-    images.require_side(side or images.squares.shape[1])
+    if side is not None:
+        images.require_side(side)
     _require_unchanged(folder, index)
     readable = np.flatnonzero(index["error"].is_null())
     split = np.array(index["split"].to_pylist())[readable]
     about = _about(index)
-    return Source(
+    source = Source(
         images.select(readable),
         None if index["split"].null_count else split,
         about["ks"],
         about["stamps"],
         len(index) - len(readable),
     )
+    if benchmark := benchmark_of(source):
+        source = source._replace(stamps=benchmark.stamps(len(readable)))
+    return source
 
 
 def prepare(
@@ -161,22 +174,26 @@ def prepare(
 
     Args:
         images: what to decode.
-        folder: where to; made if it does not exist, else empty or begun before. Not within a folder
-            of class folders, where it would be taken for a class.
+        folder: where to; made if it does not exist, else empty or begun before. Not within the
+            folder of the images, where it would be taken for a class.
         source: the folder or CSV file that `images` were opened from.
         split: (N,), the part that each image is in, or None.
-        ks: the K of Recall@K that they are scored by, None for the usual.
+        ks: the K of Recall@K that they are scored by, None for the usual. Where they are given, as
+            for a benchmark, images that are left out make it a partial one in `stamps`.
         stamps: what every result on them has to say.
         side: of the squares, pixels.
         skip_broken: leave out files that cannot be read.
         console: where to show progress; None for nowhere.
 
     Raises:
-        InputError: the folder has other content or other images, cannot be written, or is being
-            prepared by another process; the disk is full; files cannot be read (`check_images`).
-            What is done by then is kept.
+        InputError: the folder is among the images, has other content or other images, cannot be
+            written, or is being prepared by another process; the disk is full; files cannot be
+            read (`check_images`). What is done by then is kept.
+        MemoryError: there is too little memory for an image.
     """
     folder, source = Path(folder), Path(os.path.abspath(source))
+    if source.is_dir():  # images of a CSV file may be anywhere
+        _require_outside(folder, images.paths)
     about = {
         "name": images.name,
         "class_names": list(images.class_names),
@@ -188,15 +205,16 @@ def prepare(
     }
     listing = _list(images, split, about)
     try:
-        if not (folder / MANIFEST).exists():
+        if not os.path.exists(folder / MANIFEST) or os.path.exists(folder / JOURNAL):
             _prepare(images, listing, folder, skip_broken, console)
-        elif (folder / JOURNAL).exists():  # the end of its preparation was interrupted
-            (folder / JOURNAL).unlink()
-    except OSError as error:
+    except ReadingError as error:
         raise InputError(
-            f"{folder} cannot be written: {error.strerror}; what is done is kept, and the same "
-            "command goes on with it"
+            f"{printable(error.filename)} cannot be read: {error.strerror}; {GOES_ON}"
         ) from None
+    except OSError as error:
+        if not os.path.exists(folder / MANIFEST):  # else it is finished, and the disk read-only
+            advice = GOES_ON if error.errno in PASSING else "give another folder by --out"
+            raise InputError(f"{folder} cannot be written: {error.strerror}; {advice}") from None
     _require_same(folder, _map(folder)[1], listing)
     return open_prepared(folder)
 
@@ -220,14 +238,17 @@ def verify(folder: str | Path, console: Console | None = None) -> Source:
             return f"{os.fsdecode(path)} has changed"
         return None
 
-    with ThreadPool() as pool, _progress(console) as progress:
+    found = []
+    with ThreadPool() as pool, progress(console, "comparing checksums", len(index)) as on_progress:
         faults = pool.imap(fault_of, range(len(index)), chunksize=16)
-        tracked = progress.track(faults, len(index), description="comparing checksums")
-        found = [fault for fault in tracked if fault]
+        for done, fault in enumerate(faults, 1):
+            on_progress(done)
+            if fault:
+                found.append(fault)
     if found:
         raise InputError(
             f"{folder} is not what was prepared ({len(found)} of {len(index)} images); "
-            f"{_anew(folder)}:\n{_named(found)}"
+            f"{_anew(folder)}:\n" + named(found, "\n")
         )
     return open_prepared(folder)
 
@@ -237,18 +258,19 @@ def verify(folder: str | Path, console: Console | None = None) -> Source:
 
 def _map(folder: Path) -> tuple[PreparedImages, Any]:
     """All L images that were listed, and the index as a `pyarrow.Table`."""
-    if not (folder / MANIFEST).exists():
-        raise InputError(f"{folder} is not prepared to the end: go on with `abe data prepare`")
     with _damage_told(folder):
+        if not (folder / MANIFEST).exists():
+            raise InputError(f"{folder} is not prepared to the end: go on with `abe data prepare`")
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["version"] != VERSION:
             raise InputError(
                 f"{folder} is of version {manifest['version']!r}, and this program reads {VERSION}:"
                 " prepare the images again, or use a newer one"
             )
-        if _sha256(folder / INDEX) != manifest["index_sha256"]:
+        content = (folder / INDEX).read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
             raise ValueError(f"{INDEX} does not have its checksum")
-        index = _pyarrow().parquet.read_table(folder / INDEX)
+        index = _read_parquet(content)
         about = _about(index)
         images = PreparedImages(
             folder,
@@ -273,9 +295,14 @@ def _map_squares(path: Path, expected: tuple[int, int]) -> np.memmap[Any, Any]:
 def _damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # a damaged file makes its parser raise almost anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise InputError(
+                f"{error.filename or folder} cannot be read: {error.strerror}; see to its "
+                "permissions and to the disk"
+            ) from None
         raise InputError(f"{folder} is damaged ({error}): {_anew(folder)}") from None
 
 
@@ -300,17 +327,12 @@ def _require_unchanged(folder: Path, index: Any) -> None:
     if changed:
         raise InputError(
             f"{folder}: files have changed since they were prepared ({len(changed)}); put them "
-            f"back as they were, or {_anew(folder)}:\n{_named(changed)}"
+            f"back as they were, or {_anew(folder)}:\n" + named(changed, "\n")
         )
 
 
 def _anew(folder: Path) -> str:
     return f"remove {folder} and prepare the images anew"
-
-
-def _named(items: Sequence[str]) -> str:
-    more = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
-    return "\n".join([*items[:NAMED], *more])
 
 
 # --- Writing -----------------------------------------------------------------------------------
@@ -324,6 +346,12 @@ class _Entry(NamedTuple):
     sha256: str | None
     square_sha256: str
     error: str | None
+
+
+def _require_outside(folder: Path, paths: Sequence[Path]) -> None:
+    images = Path(os.path.commonpath({os.path.abspath(path.parent) for path in paths}))
+    if folder.resolve().is_relative_to(images.resolve()):
+        raise InputError(f"{folder} is in {images}: name a folder outside of it by --out")
 
 
 def _list(images: ImageFiles, split: np.ndarray | None, about: dict[str, Any]) -> Any:
@@ -352,19 +380,20 @@ def _require_same(folder: Path, index: Any, listing: Any) -> None:
     then, now = ({**_about(table), "sha256": None} for table in (begun, listing))
     if then == now and begun.equals(listing):
         return
+    paths = [set(table["path"].to_pylist()) for table in (begun, listing)]
+    removed, added = paths[0] - paths[1], paths[1] - paths[0]
     if then["side"] != now["side"]:
         difference = f"--size {then['side']}, not {now['side']}"
-    else:
-        paths = [set(table["path"].to_pylist()) for table in (begun, listing)]
-        removed, added = paths[0] - paths[1], paths[1] - paths[0]
+    elif removed or added:
         files = [f"- {os.fsdecode(path)}" for path in sorted(removed)]
         files += [f"+ {os.fsdecode(path)}" for path in sorted(added)]
-        difference = (
-            f"other images ({len(removed)} of them are gone, {len(added)} are new):\n"
-            f"{_named(files)}\n"
-            if files
-            else "other labels, boxes or parts of a split"
-        )
+        counts = f"{len(removed)} of them are gone, {len(added)} are new"
+        difference = "\n".join([f"other images ({counts}):", named(files, "\n"), ""])
+    else:
+        columns = [name for name in begun.column_names if not begun[name].equals(listing[name])]
+        keys = [name for name in now if then[name] != now[name]]
+        values = [f"{name} {then[name]!r:.200}, not {now[name]!r:.200}" for name in keys]
+        difference = "; ".join([f"another {name} of images" for name in columns] + values)
     raise InputError(f"{folder} was begun with {difference}; give a new folder, or {_anew(folder)}")
 
 
@@ -372,10 +401,10 @@ def _prepare(
     images: ImageFiles, listing: Any, folder: Path, skip_broken: bool, console: Console | None
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / JOURNAL).exists():
+    if any(folder.iterdir()) and not is_prepared(folder):
         raise InputError(f"{folder} is not empty: give a new folder")
     with _locked(folder / JOURNAL) as journal:
-        if not (folder / MANIFEST).exists():  # else another process has just finished it
+        if not (folder / MANIFEST).exists():  # else it is finished but for the journal
             _decode(images, listing, folder, journal, skip_broken, console)
         (folder / JOURNAL).unlink(missing_ok=True)
 
@@ -391,23 +420,20 @@ def _decode(
     side = _about(listing)["side"]
     if (folder / INDEX).exists():
         with _damage_told(folder):
-            _require_same(folder, _pyarrow().parquet.read_table(folder / INDEX), listing)
+            _require_same(folder, _read_parquet((folder / INDEX).read_bytes()), listing)
     else:
         _reserve(folder / SQUARES, _shape(len(images), side))
         journal.truncate(0)
         _write(folder / INDEX, _parquet(listing))
     with _damage_told(folder):
         first = _map_squares(folder / SQUARES, (len(images), side)).offset
-    with (folder / SQUARES).open("r+b") as squares, _progress(console) as progress:
+    with (
+        (folder / SQUARES).open("r+b") as squares,
+        progress(console, "preparing images", len(images)) as on_progress,
+    ):
         writer = _Writer(images, side, squares, first, journal)
-        task = progress.add_task("preparing images", total=len(images))
         try:
-            check_images(
-                images,
-                skip_broken,
-                read=writer.prepare,
-                on_progress=lambda done: progress.update(task, completed=done),
-            )
+            check_images(images, skip_broken, read=writer.prepare, on_progress=on_progress)
         finally:
             writer.flush()
     entries = [writer.entries[index] for index in range(len(images))]
@@ -443,13 +469,17 @@ class _Writer:
     def prepare(self, index: int) -> None:
         """Write the square of an image, unless that is done and its file is still the same.
 
+        A file that could not be read is always tried again: its permissions may be others.
+
         Raises:
             BrokenImageError: the file cannot be read; its square is black.
+            MemoryError: there is too little memory for it.
+            ReadingError: it cannot be read now.
         """
         path = self._images.paths[index]
         found = _size_and_time(path)
         entry = self.entries.get(index)
-        if entry is None or found != (entry.size, entry.mtime_ns):
+        if entry is None or entry.error is not None or found != (entry.size, entry.mtime_ns):
             entry = self._decode(index, found)
         if entry.error is not None:
             raise BrokenImageError(path, entry.error)
@@ -458,7 +488,7 @@ class _Writer:
         path = self._images.paths[index]
         sha256 = error = None
         try:
-            square = pad_to_square(self._images.load(index), self._side)
+            square = self._images.square(index, self._side)
             sha256 = _sha256(path)
             if sha256 is None or _size_and_time(path) != found:
                 raise BrokenImageError(path, "changed while it was read")
@@ -508,8 +538,13 @@ def _read_journal(journal: BinaryIO) -> dict[int, _Entry]:
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """A file open to be read and appended to, by one process at a time."""
-    import fcntl  # not on Windows, where prepared folders can be read
-
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        raise InputError(
+            f"{path.parent}: images can be prepared on Linux or macOS; what is prepared there can "
+            "be read here"
+        ) from None
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -530,13 +565,14 @@ def _reserve(path: Path, shape: tuple[int, ...]) -> None:
             "smaller size"
         )
     try:
-        with path.open("wb") as file:
+        with path.open("w+b") as file:  # some disks make posix_fallocate read, too
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             size = file.tell() + math.prod(shape)
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # not on macOS
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
+            else:  # on macOS
+                file.truncate(size)
     except OSError:
         path.unlink(missing_ok=True)
         raise
@@ -551,6 +587,11 @@ def _parquet(table: Any) -> bytes:
     sink = _pyarrow().BufferOutputStream()
     _pyarrow().parquet.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def _read_parquet(content: bytes) -> Any:
+    # Not from a path: pyarrow takes those in UTF-8 alone.
+    return _pyarrow().parquet.read_table(_pyarrow().BufferReader(content))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -576,17 +617,20 @@ def _size_and_time(path: str | bytes | Path) -> tuple[int | None, int | None]:
 
 
 def _sha256(path: str | bytes | Path) -> str | None:
-    """Of a file's content; None if it cannot be read."""
+    """Of a file's content; None if there is no file, or none that may be read.
+
+    Raises:
+        ReadingError: it cannot be read now.
+    """
+    if not os.path.isfile(path):  # but a pipe, which would be waited for
+        return None
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         return None
-
-
-def _progress(console: Console | None) -> Progress:
-    shown = console is not None and console.is_terminal
-    return Progress(console=console, transient=True, disable=not shown)
+    except OSError as error:
+        raise ReadingError(error.errno, error.strerror, os.fsdecode(path)) from None
 
 
 def _pyarrow() -> Any:

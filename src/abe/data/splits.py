@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from abe.config import DataConfig
-from abe.data.benchmarks import BENCHMARKS, Copy, find_benchmark
+from abe.data.benchmarks import BENCHMARKS, Copy, benchmark_of, find_benchmark
 from abe.data.datasets import (
     ImageFiles,
     LabelledImages,
     Source,
     check_images,
     open_dataset,
+    progress,
     split_by_class,
 )
 from abe.data.loader import cache_decoded
@@ -36,7 +39,8 @@ class Splits:
         skipped: files left out because they cannot be read.
         gallery: what the test images, as queries, are compared with; None: with each other.
         ks: the K of Recall@K on the test images.
-        stamps: what every result has to say of the data, such as "partial, 12 of 11,788".
+        stamps: what every result has to say of the data, such as "partial, 12 of 11,788"; files of
+            a benchmark that were left out count as missing.
     """
 
     name: str
@@ -47,6 +51,35 @@ class Splits:
     gallery: LabelledImages | None = None
     ks: tuple[int, ...] = KS
     stamps: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hexadecimal digits of the images to learn from, to test and to search in.
+
+        Of their classes and file names, wherever the files are; it is the same for both protocols.
+        """
+        found = hashlib.sha256()
+        for part in (self._learned, [self.test], [self.gallery] if self.gallery else []):
+            names = sorted(
+                f"{images.class_names[label]}/{os.path.basename(images.describe(index))}"
+                for images in part
+                for index, label in enumerate(images.labels)
+            )
+            found.update("\n".join([*names, "\n"]).encode("utf-8", "surrogateescape"))
+        return found.hexdigest()[:12]
+
+    @property
+    def learned_classes(self) -> list[str]:
+        """Names of the classes that are learned from or, under "val", selected by."""
+        return [
+            images.class_names[label]
+            for images in self._learned
+            for label in np.unique(images.labels)
+        ]
+
+    @property
+    def _learned(self) -> list[LabelledImages]:
+        return [self.train] if self.select is self.test else [self.train, self.select]
 
     @property
     def select_gallery(self) -> LabelledImages | None:
@@ -67,40 +100,44 @@ class Splits:
 
 
 def open_splits(
-    config: DataConfig, protocol: Literal["val", "paper"], console: Console | None = None
+    config: DataConfig,
+    protocol: Literal["val", "paper"],
+    console: Console | None = None,
+    *,
+    check: bool = True,
 ) -> Splits:
     """Open the images that a configuration names and split them by class.
 
-    The classes held out under "val" are drawn once for a given number of training classes, the
-    same for every seed of a run, so that runs are selected by the same images.
+    The classes held out under "val", 2 at least, are drawn once for a given number of training
+    classes, the same for every seed of a run, so that runs are selected by the same images.
 
     Args:
         config: which images, and how to split them.
         protocol: what the checkpoint is picked by.
         console: where to show how many images are read; None for nowhere.
+        check: read every file before any is used; without it a broken one is met later. Files are
+            read anyway where the broken ones are to be left out.
 
     Raises:
         InputError: no such data, a copy of a benchmark that is not complete, files that cannot be
             read, or too few classes to split.
     """
-    images, split, ks, stamps, skipped = open_source(config)
+    source = open_source(config)
+    images, split, ks, stamps, skipped = source
     count = len(images)
     kept = np.arange(count)
-    with Progress(console=console, transient=True, disable=console is None) as progress:
-        task = progress.add_task("reading images", total=count)
-
-        def on_progress(done: int) -> None:
-            progress.update(task, completed=done)
-
+    with progress(console, "reading images", count) as on_progress:
         if config.cache:
             images = cached = cache_decoded(
                 images, config.resize, skip_broken=config.skip_broken, on_progress=on_progress
             )
             kept = cached.rows
-        elif isinstance(images, ImageFiles):
+        elif isinstance(images, ImageFiles) and (check or config.skip_broken):
             kept = check_images(images, config.skip_broken, on_progress=on_progress)
             images = images.select(kept)
     skipped += count - len(images)
+    if benchmark := benchmark_of(source):
+        stamps = benchmark.stamps(len(images))
     gallery = None
     if split is None:
         train, test = split_by_class(images, config.split_classes)
@@ -116,12 +153,12 @@ def open_splits(
     if protocol == "paper":
         return splits
     classes = np.unique(train.labels)
-    held_out = round(config.val_classes * len(classes))
-    if held_out < 2 or len(classes) - held_out < 2:
+    held_out = max(2, round(config.val_classes * len(classes)))
+    if len(classes) - held_out < 2:
         raise InputError(
             f"{images.name}: {len(classes)} training classes are too few to hold out "
             f"data.val_classes={config.val_classes} of them and keep 2 on either side: "
-            "use another share, more classes, or --set protocol=paper"
+            "use a smaller share, more classes, or --set protocol=paper"
         )
     chosen = np.random.default_rng(0).choice(classes, held_out, replace=False)
     is_held_out = np.isin(train.labels, chosen)
@@ -138,7 +175,7 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         InputError: as `open_splits`.
     """
-    if config.source == "synthetic":
+    if config.source == "synthetic" and config.root is None:
         size = config.synthetic_classes, config.synthetic_images
         return Source(SyntheticVehicles(*size, size=config.resize))
     if copy := _benchmark(config):

@@ -4,7 +4,8 @@ Shapes: B images, K channels of the spatial feature, h x w its size, d the size 
 embedding. The paper's Eq. 6 writes the network as a chain of layers and cuts it at a "branching
 point"; here the chain is `Backbone.stages` and the cut is the name of the last stage of S.
 
-A backbone of one's own is a `Backbone` object; pass it wherever a backbone's name is taken.
+A backbone of one's own is a `Backbone` object, which the networks' constructors take in place of a
+name; configurations and the command line take names alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 
 from torch import nn
 
+from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 
 Builder = Callable[[int], nn.Module]
@@ -61,7 +63,8 @@ class Backbone:
         branch_point: name of the last stage of S unless told otherwise.
         attention_depth: number of blocks in the attention trunk C unless told otherwise.
         min_image_size: smallest side in pixels that every stage can process.
-        default_weights: name in `abe.model.weights.SOURCES` of the usual start, if there is one.
+        telling_key: a tensor's name that tells its published weights from other backbones'.
+        preprocessing: what those weights expect of images where their file does not say.
     """
 
     name: str
@@ -69,7 +72,8 @@ class Backbone:
     branch_point: str
     attention_depth: int
     min_image_size: int
-    default_weights: str | None = None
+    telling_key: str | None = None
+    preprocessing: Preprocessing | None = None
 
     def spatial(self, branch_point: str) -> Part:
         """S: the stages up to and with `branch_point`; images (B, 3, H, W) -> (B, K, h, w)."""
@@ -126,18 +130,23 @@ def _with_width(
     return trunk(in_channels, width)
 
 
+def known_backbones() -> dict[str, Backbone]:
+    """The backbones that have a name, by it."""
+    from abe.model.googlenet import GOOGLENET, GOOGLENET_BN
+    from abe.model.resnet import RESNET50
+
+    return {backbone.name: backbone for backbone in (GOOGLENET, GOOGLENET_BN, RESNET50)}
+
+
 def get_backbone(backbone: str | Backbone) -> Backbone:
     """Look a backbone up by name; a `Backbone` object is returned as it is.
 
     Raises:
         InputError: there is no backbone of that name.
     """
-    from abe.model.googlenet import GOOGLENET, GOOGLENET_BN
-    from abe.model.resnet import RESNET50
-
     if isinstance(backbone, Backbone):
         return backbone
-    known = {known.name: known for known in (GOOGLENET, GOOGLENET_BN, RESNET50)}
+    known = known_backbones()
     if backbone not in known:
         near = difflib.get_close_matches(backbone, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -18,7 +18,7 @@ until `concat` makes them (B, D).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,10 @@ from abe.model.backbones import Backbone, get_backbone
 class AttentionEnsemble(nn.Module):
     """ABE-M: B_m(x) = G(S(x) * A_m(S(x))) for learners m = 1..M (Eqs. 7, 11).
 
+    Shared G sees all learners' features as one batch. For a backbone with batch norm, which the
+    paper's has not, this is no loop over learners in training mode: its statistics in G are those
+    of B * M feature maps. In evaluation mode it is one.
+
     Args:
         num_learners: M.
         embedding_dim: D, the size of the ensemble's embedding; each learner has d = D / M.
@@ -44,7 +48,8 @@ class AttentionEnsemble(nn.Module):
         shared_embedding: False gives every learner a G of its own.
 
     Raises:
-        InputError: M < 1, M does not divide D, or a cut that the backbone does not have.
+        InputError: M < 1, M does not divide D, a cut that the backbone does not have, or a depth
+            or width of C without attention.
     """
 
     def __init__(
@@ -82,6 +87,11 @@ class AttentionEnsemble(nn.Module):
             trunk = self.backbone.attention_trunk(cut, channels, depth, attention_width)
             self.attention_trunk = trunk
             self.attention_heads = AttentionHeads(trunk.out_channels, num_learners, channels)
+        elif attention_depth is not None or attention_width != 1:
+            raise InputError(
+                f"attention_depth={attention_depth}, attention_width={attention_width}: "
+                f"{type(self).__name__} has no attention here, so leave them out (None and 1)"
+            )
 
         num_embedding = 1 if shared_embedding else num_learners
         self.embedding = nn.ModuleList(
@@ -124,6 +134,11 @@ class AttentionEnsemble(nn.Module):
             parts["attention_trunk"] = self.attention_trunk
         return parts | {f"embedding.{i}": part for i, part in enumerate(self.embedding)}
 
+    def new_parts(self) -> Mapping[str, nn.Module]:
+        """The other parts, for which there are no pretrained weights."""
+        known = {name.partition(".")[0] for name in self.backbone_parts()}
+        return {name: part for name, part in self.named_children() if name not in known}
+
     def _masks(self, spatial: Tensor) -> Tensor:
         assert self.attention_trunk is not None
         assert self.attention_heads is not None
@@ -144,7 +159,8 @@ class AttentionEnsemble(nn.Module):
         if len(self.embedding) > 1:
             learners = zip(self.embedding, features.unbind(1), strict=True)
             return torch.stack([embedding(feature) for embedding, feature in learners], dim=1)
-        batch = features.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        # Flattened with the channels last: one copy, which is in the memory format of the weights.
+        batch = features.permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
         return self.embedding[0](batch).unflatten(0, features.shape[:2])
 
     def _check(self, images: Tensor) -> None:
@@ -159,47 +175,46 @@ class AttentionEnsemble(nn.Module):
             )
 
 
-class MHeads(AttentionEnsemble):
+class _Variant(AttentionEnsemble):
+    """An ensemble whose parts its name settles; takes the other arguments of `AttentionEnsemble`.
+
+    Raises:
+        InputError: see `AttentionEnsemble`; or an argument that the name settles.
+    """
+
+    _settled: ClassVar[Mapping[str, Any]]
+
+    def __init__(
+        self,
+        num_learners: int = 8,
+        embedding_dim: int = 512,
+        backbone: str | Backbone = "googlenet",
+        **cut: Any,
+    ) -> None:
+        for key in self._settled.keys() & cut.keys():
+            raise InputError(
+                f"{key}={cut[key]}: {type(self).__name__} settles it, so leave it out or build an "
+                "AttentionEnsemble"
+            )
+        super().__init__(num_learners, embedding_dim, backbone, **cut, **self._settled)
+
+
+class MHeads(_Variant):
     """M-heads ensemble (Eq. 4, Fig. 1a): one S, a G for each learner. `MHeads(1)` is 1-head."""
 
-    def __init__(
-        self,
-        num_learners: int = 8,
-        embedding_dim: int = 512,
-        backbone: str | Backbone = "googlenet",
-        **cut: Any,
-    ) -> None:
-        super().__init__(
-            num_learners, embedding_dim, backbone, attention=False, shared_embedding=False, **cut
-        )
+    _settled: ClassVar = {"attention": False, "shared_embedding": False}
 
 
-class MHeadsWithAttention(AttentionEnsemble):
+class MHeadsWithAttention(_Variant):
     """M-heads+att (supplement, Fig. 8a): one S, a mask and a G for each learner."""
 
-    def __init__(
-        self,
-        num_learners: int = 8,
-        embedding_dim: int = 512,
-        backbone: str | Backbone = "googlenet",
-        **cut: Any,
-    ) -> None:
-        super().__init__(num_learners, embedding_dim, backbone, shared_embedding=False, **cut)
+    _settled: ClassVar = {"attention": True, "shared_embedding": False}
 
 
-class MTails(AttentionEnsemble):
+class MTails(_Variant):
     """M-tails (supplement, Fig. 8b): an S for each learner, one G."""
 
-    def __init__(
-        self,
-        num_learners: int = 8,
-        embedding_dim: int = 512,
-        backbone: str | Backbone = "googlenet",
-        **cut: Any,
-    ) -> None:
-        super().__init__(
-            num_learners, embedding_dim, backbone, attention=False, shared_spatial=False, **cut
-        )
+    _settled: ClassVar = {"attention": False, "shared_spatial": False}
 
 
 def concat(embeddings: Tensor) -> Tensor:
@@ -208,7 +223,14 @@ def concat(embeddings: Tensor) -> Tensor:
     Scaled so that the dot product of two ensembles is the mean of their learners' dot products,
     and the squared distance the mean of the learners' squared distances (Eq. 3 with the squared
     Euclidean distance as d_Y): unit learners give a unit ensemble.
+
+    Raises:
+        InputError: not three axes.
     """
+    if embeddings.ndim != 3:
+        raise InputError(
+            f"embeddings have shape {tuple(embeddings.shape)}: expected (B, M, d), as networks give"
+        )
     return embeddings.flatten(1) / embeddings.shape[1] ** 0.5
 
 
@@ -221,7 +243,7 @@ def learner_dim(num_learners: int, embedding_dim: int) -> int:
     if num_learners < 1:
         raise InputError(f"num_learners={num_learners}: an ensemble has at least 1 learner")
     if embedding_dim < 1 or embedding_dim % num_learners:
-        below = embedding_dim // num_learners * num_learners
+        below = max(embedding_dim, 0) // num_learners * num_learners
         fits = [str(size) for size in (below, below + num_learners) if size > 0]
         raise InputError(
             f"embedding_dim={embedding_dim} cannot be shared by {num_learners} learners: "

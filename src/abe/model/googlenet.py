@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from abe.data.transforms import Preprocessing
 from abe.model.backbones import Backbone, Stage
 
 # Output channels of the six convolutions of each inception block, Szegedy et al. 2015, Table 1:
@@ -140,7 +141,8 @@ GOOGLENET = Backbone(
     branch_point="pool3",
     attention_depth=5,
     min_image_size=31,
-    default_weights="googlenet-mini-imagenet",
+    telling_key="inception_3a.1x1.weight",
+    preprocessing=Preprocessing(),
 )
 
 
@@ -205,5 +207,8 @@ GOOGLENET_BN = Backbone(
     branch_point="maxpool3",
     attention_depth=5,
     min_image_size=15,
-    default_weights="torchvision-googlenet",
+    telling_key="inception3a.branch1.conv.weight",
+    # torchvision feeds these TensorFlow weights (x - 0.5) / 0.5: `GoogLeNet.transform_input` undoes
+    # the ImageNet statistics that its transforms apply.
+    preprocessing=Preprocessing(channels="RGB", mean=(127.5, 127.5, 127.5), scale=1 / 127.5),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from abe.data.transforms import Preprocessing
 from abe.model.backbones import Backbone, Stage
 
 
@@ -74,5 +75,10 @@ RESNET50 = Backbone(
     branch_point="layer2",
     attention_depth=1,
     min_image_size=1,
-    default_weights="torchvision-resnet50",
+    telling_key="layer1.0.conv1.weight",
+    preprocessing=Preprocessing(
+        channels="RGB",
+        mean=(123.675, 116.28, 103.53),
+        scale=(1 / 58.395, 1 / 57.12, 1 / 57.375),
+    ),
 )

@@ -42,7 +42,7 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
     """Multiply-accumulates of one image's forward pass: the paper's "flops".
 
     Convolutions and linear layers are counted as often as they run; biases, pooling, response
-    normalisation and the masks' products are not.
+    normalisation and the masks' products are not. The model is left as it was.
     """
     total = 0
 
@@ -57,10 +57,16 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
     device = next(model.parameters()).device
-    with torch.no_grad():
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
-    for hook in hooks:
-        hook.remove()
+    in_training = [layer for layer in model.modules() if layer.training]
+    model.eval()  # or batch norm would take the image into its statistics
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in in_training:
+            layer.training = True
     return total
 
 

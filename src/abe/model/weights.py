@@ -14,9 +14,10 @@ import difflib
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from abe.data.transforms import Preprocessing
 from abe.download import RemoteFile, fetch
 from abe.errors import InputError
+from abe.model.backbones import Backbone, known_backbones
 from abe.model.caffemodel import read_caffemodel
 
 Format = Literal["caffemodel", "onnx", "safetensors", "pth", "checkpoint"]
@@ -130,8 +132,7 @@ def download(source: Source, cache_dir: Path) -> Path:
     """Fetch a source into `cache_dir` unless it is there; -> the file, its checksum verified.
 
     Raises:
-        InputError: the source ships with the package, the download failed, or the checksum of
-            what came differs (it is deleted).
+        InputError: the source ships with the package, or see `fetch`.
     """
     if source.url is None:
         raise InputError(f"{source.name} ships with abe: there is nothing to download")
@@ -163,38 +164,9 @@ class PretrainedWeights:
     format: Format
 
 
-@dataclass(frozen=True)
-class _Naming:
-    """Whose layer names a file has, told by one of its keys."""
-
-    key: str
-    backbone: str
-    preprocessing: Preprocessing
-
-
-_NAMINGS = (
-    _Naming("inception_3a.1x1.weight", "googlenet", Preprocessing()),
-    # torchvision feeds these TensorFlow weights (x - 0.5) / 0.5: `GoogLeNet.transform_input` undoes
-    # the ImageNet statistics that its transforms apply.
-    _Naming(
-        "inception3a.branch1.conv.weight",
-        "googlenet_bn",
-        Preprocessing(channels="RGB", mean=(127.5, 127.5, 127.5), scale=1 / 127.5),
-    ),
-    _Naming(
-        "layer1.0.conv1.weight",
-        "resnet50",
-        Preprocessing(
-            channels="RGB",
-            mean=(123.675, 116.28, 103.53),
-            scale=(1 / 58.395, 1 / 57.12, 1 / 57.375),
-        ),
-    ),
-)
-
-
-def _naming(state: Mapping[str, Tensor]) -> _Naming | None:
-    return next((naming for naming in _NAMINGS if naming.key in state), None)
+def _told_backbone(state: Mapping[str, Tensor]) -> Backbone | None:
+    """The backbone whose layer names a file has."""
+    return next((known for known in known_backbones().values() if known.telling_key in state), None)
 
 
 def read_weights(source: str | Path) -> PretrainedWeights:
@@ -202,26 +174,30 @@ def read_weights(source: str | Path) -> PretrainedWeights:
 
     Args:
         source: a name in `SOURCES`, fetched if need be; or a path: `.caffemodel`, `.onnx`,
-            `.safetensors`, a state dict in `.pth`, `.pt` or `.bin`, or a checkpoint of this
-            package (its directory, or the `model.safetensors` in it), of which the first S and
-            the first G are taken without G's linear layer.
+            `.safetensors`, a state dict in `.pth`, `.pth.tar`, `.pt` or `.bin`, or a checkpoint
+            of this package (its directory, or the `model.safetensors` in it), verified, of which
+            the first S and the first G are taken without G's linear layer.
 
     Raises:
         InputError: no such name or file; a kind of file that cannot be read, or lacks the extra
             it needs; or one that is damaged, holds no weights, or holds more than tensors.
     """
     path = _locate(source)
-    checkpoint = path.name == "model.safetensors" and path.with_name("meta.json").exists()
-    format = "checkpoint" if checkpoint else _FORMATS.get(path.suffix.lower())
-    if format is None:
-        raise InputError(f"{path}: is none of {', '.join(_FORMATS)}, nor a checkpoint directory")
-    with _reading(path, format):
+    format = _format(path)
+    # The errors of a checkpoint name its files themselves.
+    with nullcontext() if format == "checkpoint" else _reading(path, format):
         tensors, preprocessing = _READERS[format](path)
+    with _reading(path, format):
         state = _to_float32(tensors)
+        if any(name.startswith("spatial.0.") for name in state):
+            raise InputError(
+                "is the network of a checkpoint without its meta.json: give the checkpoint's "
+                "folder, with all of its files"
+            )
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if preprocessing is None and (naming := _naming(state)):
-        preprocessing = naming.preprocessing
+    if preprocessing is None and (backbone := _told_backbone(state)):
+        preprocessing = backbone.preprocessing
     return PretrainedWeights(state, preprocessing, str(source), sha256, format)
 
 
@@ -246,6 +222,15 @@ def _locate(source: str | Path) -> Path:
                 f"run's checkpoints/"
             )
     return path
+
+
+def _format(path: Path) -> Format:
+    if path.name == "model.safetensors" and path.with_name("meta.json").exists():
+        return "checkpoint"
+    for ending, format in _FORMATS.items():
+        if path.name.lower().endswith(ending):
+            return format
+    raise InputError(f"{path}: is none of {', '.join(_FORMATS)}, nor a checkpoint directory")
 
 
 @contextmanager
@@ -326,15 +311,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Preprocessing | No
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Preprocessing | None]:
     """Read the first S and G; G's linear layer belongs to the ensemble, not to the backbone."""
-    tensors, _ = _read_safetensors(path)
+    from abe.checkpoint import Checkpoint  # which imports this file, by way of `abe.start`
+
+    checkpoint = Checkpoint.load(path.parent)
     state = {
         name.removeprefix(part): tensor
-        for name, tensor in tensors.items()
+        for name, tensor in checkpoint.model.items()
         for part in ("spatial.0.", "embedding.0.")
         if name.startswith(part) and not name.startswith("embedding.0.linear.")
     }
-    stated = json.loads(path.with_name("meta.json").read_text()).get("preprocessing")
-    return state, None if stated is None else Preprocessing.from_json(stated)
+    return state, checkpoint.preprocessing
 
 
 def _read_pth(path: Path) -> tuple[dict[str, Tensor], None]:
@@ -344,7 +330,8 @@ def _read_pth(path: Path) -> tuple[dict[str, Tensor], None]:
             if sum(entry.file_size for entry in archive.infolist()) > size:
                 raise InputError("expands to more than its own size: save it with torch.save")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of damage, which is told below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # not chained into the message: torch advises to unpickle it
         raise InputError(
             "is damaged, or holds more than plain tensors, and nothing else is ever unpickled: "
@@ -360,8 +347,9 @@ def _read_pth(path: Path) -> tuple[dict[str, Tensor], None]:
         for name, tensor in content.items()
         if isinstance(tensor, Tensor)
     }
-    # A few stored numbers can claim any shape with a stride of 0.
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > size:
+    # A few stored numbers can claim any shape with a stride of 0. Names may share a tensor.
+    distinct = {(x.data_ptr(), x.shape, x.stride()): x.nbytes for x in tensors.values()}
+    if sum(distinct.values()) > size:
         raise InputError("its tensors claim more numbers than the file holds")
     return tensors, None
 
@@ -371,6 +359,7 @@ _FORMATS: dict[str, Format] = {
     ".onnx": "onnx",
     ".safetensors": "safetensors",
     ".pth": "pth",
+    ".pth.tar": "pth",
     ".pt": "pth",
     ".bin": "pth",
 }
@@ -402,13 +391,14 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = []
-        for part, keys in self.loaded.items():
-            initial = self.initialised[part]
-            line = f"{part}: loaded {len(keys)} of {len(keys) + len(initial)} tensors"
+        for part, initial in self.initialised.items():
+            keys = self.loaded[part]
+            line = f"{part}: initial values"
             if keys:
-                line += f" ({_layers(keys)})"
-            if initial:
-                line += f"; initial values in {_layers(initial)}"
+                count = len(keys) + len(initial)
+                line = f"{part}: loaded {len(keys)} of {count} tensors ({_layers(keys)})"
+                if initial:
+                    line += f"; initial values in {_layers(initial)}"
             lines.append(line)
         if self.unused:
             lines.append(f"not used: {_layers(self.unused)}")
@@ -423,7 +413,11 @@ def _layers(keys: Iterable[str]) -> str:
     return f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
 
 
-def load_pretrained(parts: Mapping[str, nn.Module], weights: PretrainedWeights) -> LoadReport:
+def load_pretrained(
+    parts: Mapping[str, nn.Module],
+    weights: PretrainedWeights,
+    new_parts: Mapping[str, nn.Module] | None = None,
+) -> LoadReport:
     """Load into every part all tensors that it shares by name with the weights.
 
     Nothing is loaded unless everything fits.
@@ -431,19 +425,21 @@ def load_pretrained(parts: Mapping[str, nn.Module], weights: PretrainedWeights) 
     Args:
         parts: pieces of a model by name, whose state dicts have backbone names.
         weights: what to load; a tensor may go to several parts.
+        new_parts: the other pieces, which keep their initial values whatever their names: the
+            report says so.
 
     Raises:
         InputError: a tensor has another shape than the layer of its name, or no name is shared.
     """
     loaded: dict[str, list[str]] = {}
     initialised: dict[str, list[str]] = {}
-    for part, module in parts.items():
+    for part, module in (*parts.items(), *(new_parts or {}).items()):
         state = module.state_dict()
-        loaded[part] = [key for key in state if key in weights.state]
+        loaded[part] = [key for key in state if part in parts and key in weights.state]
         initialised[part] = [
             key
             for key, tensor in state.items()
-            if key not in weights.state and tensor.is_floating_point()
+            if key not in loaded[part] and tensor.is_floating_point()
         ]
         for key in loaded[part]:
             if state[key].shape != weights.state[key].shape:
@@ -468,10 +464,10 @@ def _misfit(part: str, key: str, expected: tuple[int, ...], weights: PretrainedW
 
 
 def _nothing_shared(keys: Mapping[str, list[str]], weights: PretrainedWeights) -> str:
-    naming = _naming(weights.state)
+    backbone = _told_backbone(weights.state)
     wanted = next((key for part in keys.values() for key in part), "nothing")
     return (
         f"{weights.source}: no layer has a name of the model's. It has "
         f"{', '.join(list(weights.state)[:3])} ...; the model takes {wanted} ...: "
-        + (f"use the backbone {naming.backbone}" if naming else "choose weights of its backbone")
+        + (f"use the backbone {backbone.name}" if backbone else "choose weights of its backbone")
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 HISTOGRAM_BINS = 80  # over cosines from -1 to 1
 DRAWN_POINTS = 400  # of a line: more than a screen shows
 DOTTED_POINTS = 12  # of a line: up to here each of them is marked
+FLATTEST = 1e-3  # scale for its values: on a shorter one, ticks of 6 digits would read the same
 
 Points = Sequence[tuple[float, float]]
 
@@ -43,8 +44,10 @@ class Axis:
 
     @classmethod
     def around(cls, label: str, low: float, high: float) -> Axis:
-        """The smallest scale with round ends that holds `low` and `high`."""
-        ticks = _round_values(low, high)
+        """The smallest scale with round ends that holds `low` and `high`, equal or not."""
+        length = FLATTEST * (max(abs(low), abs(high)) or 1)
+        margin = max(0.0, length - (high - low)) / 2
+        ticks = _round_values(low - margin, high + margin)
         return cls(label, ticks[0], ticks[-1], ticks)
 
     def percent(self, value: float) -> float:

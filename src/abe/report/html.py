@@ -30,8 +30,9 @@ from abe.errors import InputError
 from abe.evaluate import pair_cosines
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
-from abe.report.runs import Run, differing, read_runs
-from abe.results import data_title
+from abe.report.runs import Run, read_runs
+from abe.results import data_title, differing
+from abe.runtime import replace_text
 
 QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at the first rank
 RESULTS = 5  # of each query
@@ -51,7 +52,8 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
 
     Raises:
         InputError: a run that is not finished or damaged, runs on different test images, images
-            that are no longer where the run found them, or an `output` that cannot be written.
+            that are no longer what or where the run found them, or an `output` that cannot be
+            written.
     """
     console = console or Console(stderr=True)
     loaded = read_runs(runs)
@@ -85,7 +87,8 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        # Names of files and classes need not be UTF-8.
+        replace_text(output, page)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from None
 
@@ -97,13 +100,18 @@ def _open_splits(run: Run) -> Splits:
     advice = f"put the images back, or correct {key} in {run.path / 'config.json'}"
     try:
         data = run.config.data.model_copy(update={"cache": False})
-        splits = open_splits(data, run.config.protocol)
+        splits = open_splits(data, run.config.protocol, check=False)
     except InputError as error:
         raise InputError(f"the images of {run.path} cannot be opened: {error}; {advice}") from None
     if len(splits.test) != run.record["data"]["test_images"]:
         raise InputError(
             f"{run.path} was tested on {run.record['data']['test_images']} images, "
             f"{run.config.data.source} has {len(splits.test)} now: {advice}"
+        )
+    if run.images_digest not in (None, splits.digest):
+        raise InputError(
+            f"images or classes of {run.config.data.source} were added, removed or renamed since "
+            f"{run.path} was tested on them: {advice}"
         )
     return splits
 
@@ -168,8 +176,14 @@ def _choose_queries(run: Run, splits: Splits, has_match: NDArray[np.bool_]) -> l
     """Images spread evenly over those whose first result is right, and over those where not.
 
     Raises:
-        InputError: the run's Recall@1 does not come out: the labels are not those it was scored by.
+        InputError: no image has a match, or the run's Recall@1 does not come out: the labels are
+            not those it was scored by.
     """
+    if not has_match.any():
+        raise InputError(
+            f"by the classes of the images as they are now, none of the test images of {run.path} "
+            "has another of its class: put the images back as they were"
+        )
     found = nearest_neighbors(run.ensemble, run.ensemble_gallery, 1, similarity="euclidean")
     nearest = found.indices[:, 0].numpy()
     candidates = splits.test if splits.gallery is None else splits.gallery
@@ -317,7 +331,8 @@ def _facts(runs: list[Run]) -> dict[str, list[str]]:
 
 def _differing_settings(runs: list[Run]) -> dict[str, list[str]]:
     """Settings that are not the same in all runs; setting -> one value for each run."""
-    return {key: [_text(run.settings.get(key)) for run in runs] for key in differing(runs)}
+    settings = [run.settings for run in runs]
+    return {key: [_text(each.get(key)) for each in settings] for key in differing(settings)}
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,8 +15,8 @@ from torch import Tensor
 from abe.config import Config
 from abe.errors import InputError
 from abe.model.ensemble import concat
-from abe.results import data_title
-from abe.runtime import read_json_lines, resume_command
+from abe.results import data_title, flatten, told_apart
+from abe.runtime import read_json, read_json_lines, resume_command
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,11 @@ class Run:
         return None if self.gallery is None else concat(self.gallery)
 
     @property
+    def images_digest(self) -> str | None:
+        """Of its images, see `Splits.digest`; older results know none."""
+        return self.record.get("images_digest")
+
+    @property
     def has_attention(self) -> bool:
         """Whether there are masks to show."""
         return self.config is not None and self.config.model.network in {"abe", "m-heads+att"}
@@ -88,13 +92,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                 f"{first.path} was tested on {_test_images(first)}, {other.path} on "
                 f"{_test_images(other)}: write a report of each"
             )
+    known = [run for run in runs if run.images_digest]
+    for run in known:
+        if run.images_digest != known[0].images_digest:
+            raise InputError(
+                f"the images of {known[0].path} and {run.path} are not the same, although both are "
+                f"called {data_title(run.record['data'])}: write a report of each"
+            )
     return [_labelled(run, [other for other in runs if other.label == run.label]) for run in runs]
-
-
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that are not the same in all of the runs."""
-    first, *others = (run.settings for run in runs)
-    return [key for key in first if any(other.get(key) != first[key] for other in others)]
 
 
 def _read(path: Path) -> Run:
@@ -105,7 +110,7 @@ def _read(path: Path) -> Run:
         if (path / "config.json").exists():
             raise InputError(f"{path} is not finished: go on with `{resume_command(path)}`")
         raise InputError(f"{path} has no result.json: give the folder of a finished run")
-    record = _read_json(path / "result.json")
+    record = read_json(path / "result.json")
     try:
         trained = record["selected_step"] is not None
         embeddings, gallery = _read_embeddings(path / "embeddings.safetensors", record, trained)
@@ -115,7 +120,7 @@ def _read(path: Path) -> Run:
             record=record,
             recall=record["scores"]["ensemble"]["recall@1"],
             learners_recall=[each["recall@1"] for each in record["scores"]["learners"]],
-            settings=_flatten(record["config"]),
+            settings=flatten(record["config"]),
             config=_read_config(path / "config.json") if trained else None,
             log=read_json_lines(path / "metrics.jsonl") if trained else [],
             embeddings=embeddings,
@@ -128,16 +133,10 @@ def _read(path: Path) -> Run:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
 def _read_config(path: Path) -> Config:
+    values = read_json(path)
     try:
-        return Config.from_json(_read_json(path))
+        return Config.from_json(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -174,16 +173,5 @@ def _labelled(run: Run, same_method: Sequence[Run]) -> Run:
     """Tell a run from others of its method by the settings that differ, or else by its folder."""
     if len(same_method) == 1:
         return run
-    settings = [
-        f"{key.rpartition('.')[2]} {run.settings.get(key)}" for key in differing(same_method)
-    ]
-    return replace(run, label=f"{run.label} ({', '.join(settings) or run.path})")
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full names: {"train": {"lr": 1}} -> {"train.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
+    label = told_apart(run.label, run.settings, [other.settings for other in same_method])
+    return replace(run, label=f"{label} ({run.path})" if label == run.label else label)
