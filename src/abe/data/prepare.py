@@ -639,6 +639,6 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError:
         raise InputError(
-            "prepared images need pyarrow, which is not installed: pip install 'abe[prepare]'"
+            "prepared images need pyarrow, which is not installed: pip install pyarrow"
         ) from None
     return pyarrow

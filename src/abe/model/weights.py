@@ -90,7 +90,7 @@ SOURCES: dict[str, Source] = {
             size=28_020_232,
             checksum="sha256:3d343d459199fbcc8cd43d45264180e3e1ef91d4908f3541b5b308995206362c",
             license="BSD-3-Clause",
-            note="ImageNet, the ONNX model zoo's conversion of bvlc-googlenet; needs abe[onnx]",
+            note="ImageNet, the ONNX model zoo's conversion of bvlc-googlenet; needs onnx",
         ),
         Source(
             name="torchvision-googlenet",
@@ -276,7 +276,7 @@ def _read_onnx(path: Path) -> tuple[dict[str, Tensor], None]:
     try:
         import onnx
     except ImportError as error:
-        raise InputError("reading ONNX takes an extra: pip install 'abe[onnx]'") from error
+        raise InputError("reading ONNX takes the package onnx: pip install onnx") from error
     tensors = {}
     for tensor in onnx.load_model_from_string(path.read_bytes()).graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
