@@ -67,7 +67,7 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     resumed = []
     resume = Trainer.resume.__func__
     monkeypatch.setattr(
-        Trainer, "resume", classmethod(lambda *a: resumed.append(a[1].name) or resume(*a))
+        Trainer, "resume", classmethod(lambda *a, **k: resumed.append(a[1].name) or resume(*a, **k))
     )
     records, _ = run_demo(TINY, tmp_path, SILENT)
     assert len(records) == 4

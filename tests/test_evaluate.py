@@ -108,3 +108,12 @@ def test_baselines_are_pixels_and_the_start() -> None:
     assert embeddings.shape == (12, 1, 3 * 32 * 32)
     assert record["weights"] is None
     assert record["selected_step"] is None
+
+
+@pytest.mark.parametrize("sizes", [[1200, 1200], [5] * 4000, [2000, 3, 3], [30] * 100])
+def test_pairs_of_large_sets_are_of_every_kind(sizes: list[int]) -> None:
+    """Classes of 5 images as in Stanford Online Products, or so large that one fills the sample."""
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    embeddings = torch.nn.functional.normalize(torch.ones(len(labels), 2, 3), dim=-1)
+    cosines = pair_cosines(embeddings, labels)
+    assert all(len(cosines[kind]) > 600 for kind in ("positive", "negative", "self"))

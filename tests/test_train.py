@@ -152,8 +152,12 @@ def test_a_run_finds_its_images_from_any_folder(
     with pytest.raises(InputError, match=r"images of .*run cannot be opened: .*`abe eval .*run DA"):
         evaluate_run(tmp_path / "run")
     moved = evaluate_run(tmp_path / "run", str(tmp_path / "moved"))
-    for key in ("scores", "data", "config_digest", "images_digest"):
+    for key in ("scores", "config_digest", "images_digest"):
         assert moved[key] == photographed[key], key
+    assert moved["data"] == photographed["data"] | {"name": "moved", "trained_on": "photos"}
+    (tmp_path / "else").mkdir()
+    back = (tmp_path / "moved").rename(tmp_path / "else" / "photos")
+    assert evaluate_run(tmp_path / "run", str(back))["data"] == photographed["data"]
 
 
 def test_learned_classes_are_not_taken_for_unseen_ones(photographed: dict[str, Any]) -> None:
@@ -177,6 +181,14 @@ def test_a_score_on_other_images_is_not_one_of_a_run_on_them(photographed: dict[
     assert (data["name"], data["trained_on"]) == ("others", "photos")
     assert (data["test_images"], data["test_classes"]) == (8, 2)
     assert (data["train_images"], data["train_classes"]) == (own["train_images"], 2)
+
+
+def test_the_score_of_another_checkpoint_is_not_the_run_s(finished: Path) -> None:
+    first = evaluate_run(finished / "checkpoints" / "step-00000000")
+    assert first["method"] == "ABE-2^8 at step 0"
+    result = json.loads((finished / "result.json").read_text())
+    own = evaluate_run(finished / "checkpoints" / f"step-{result['selected_step']:08d}")
+    assert own["method"] == "ABE-2^8"
 
 
 def test_another_device_can_be_named_for_a_run(finished: Path) -> None:

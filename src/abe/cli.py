@@ -482,10 +482,10 @@ def _results_file(chosen: Path | None, run: Path) -> Path:
     `run` is the run's folder, or that of one of its checkpoints.
     """
     if chosen is None:
-        up = "../../.." if run.absolute().parent.name == "checkpoints" else ".."
+        up = "../../.." if (run / "meta.json").exists() else ".."
         chosen = Path(os.path.normpath(run / up), "runs.jsonl")
     chosen.parent.mkdir(parents=True, exist_ok=True)
-    chosen.open("a").close()
+    chosen.open("ab+").close()
     return chosen
 
 

@@ -48,22 +48,25 @@ def run_demo(
     # Folders of one name hold different images: the place counts here.
     place = json.dumps([base.data.source, base.data.root])
     work = folder / f"{base.digest}-{hashlib.sha256(place.encode()).hexdigest()[:6]}"
-    runs = [work / "raw-pixels", work / "pretrained-start", *(work / name for name in NETWORKS)]
+    baselines = [work / "raw-pixels"]
+    if base.model.weights is not None:
+        baselines.append(work / "pretrained-start")
+    trained = [work / name for name in NETWORKS]
+    runs = baselines + trained
     page = folder / "report.html"
     try:
-        if not all((run / "result.json").exists() for run in runs[:2]):
+        if not all((run / "result.json").exists() for run in baselines):
             console.print("Scoring raw pixels and the pretrained start ...")
             splits = open_splits(base.data, base.protocol)
-            for run, result in zip(
-                runs[:2], evaluate_baselines(base, splits).values(), strict=True
-            ):
+            found = evaluate_baselines(base, splits).values()
+            for run, result in zip(baselines, found, strict=True):
                 write_result(run, *result)
-        for run, (name, settings) in zip(runs[2:], NETWORKS.items(), strict=True):
+        for run, (name, settings) in zip(trained, NETWORKS.items(), strict=True):
             if (run / "result.json").exists():
                 continue
             console.rule(f"{name}, {base.train.steps} steps")
             trainer = (
-                Trainer.resume(run, console)
+                Trainer.resume(run, console, device=base.device)
                 if checkpoints(run)
                 else Trainer(base.with_overrides(settings), run, console)
             )

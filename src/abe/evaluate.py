@@ -257,12 +257,19 @@ def pair_cosines(embeddings: Tensor, labels: Tensor, sample: int = 1000) -> dict
 
 
 def _whole_classes(labels: Tensor, sample: int) -> Tensor:
-    """Indices of at most `sample` images: classes in a fixed random order, until it is reached."""
+    """Indices of at most `sample` images: classes in a fixed random order, until it is reached.
+
+    Of large classes a part, so that there are 50 of them, or all if they are fewer.
+    """
     if len(labels) <= sample:
         return torch.arange(len(labels))
-    _, of_image = labels.unique(return_inverse=True)
-    order = torch.randperm(int(of_image.max()) + 1, generator=torch.Generator().manual_seed(0))
-    return order.argsort()[of_image].argsort(stable=True)[:sample].sort().values
+    _, of_image, sizes = labels.unique(return_inverse=True, return_counts=True)
+    by_class = of_image.argsort(stable=True)
+    place = torch.empty_like(by_class)  # of an image in its class
+    place[by_class] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[of_image[by_class]]
+    rows = (place < max(2, sample // min(len(sizes), 50))).nonzero().flatten()
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0))
+    return rows[order[of_image[rows]].argsort(stable=True)][:sample].sort().values
 
 
 def similarity(embeddings: Tensor, labels: Tensor) -> dict[str, float | None]:

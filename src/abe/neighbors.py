@@ -48,7 +48,8 @@ def nearest_neighbors(
             lose their digits in the inner product; here they are moved to the origin first.
         query_block: queries that are compared at a time.
         gallery_block: gallery items that they are compared with at a time. Beyond its input and
-            output the search needs a few times query_block x (gallery_block + k) numbers.
+            output the search needs a few times query_block x (gallery_block + k) numbers, and
+            "euclidean" a few copies of the gallery.
 
     Raises:
         InputError: shapes that do not fit, a k that is below 1 or above the number of candidates

@@ -102,8 +102,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file as one step: a reader sees the old one or the new one.
 
-    What of a name is not UTF-8 is written as an escape.
+    What of a name is not UTF-8 is written as an escape. A link stays one, and what is no file, such
+    as a pipe, is written to.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:

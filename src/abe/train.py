@@ -43,7 +43,7 @@ from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
-from abe.results import write_result
+from abe.results import method_name, write_result
 from abe.runtime import (
     StopSignal,
     append_json_line,
@@ -164,16 +164,19 @@ class Trainer:
                 return None
             return self._finish()
         except KeyboardInterrupt:
-            done = self.step == self.config.train.steps
-            where = "the training is complete" if done else "the last checkpoint stands"
-            self._say(f"Stopped, {where}. To go on: {go_on}")
+            if not checkpoints(self.run):
+                self._say("Stopped before the first checkpoint: nothing is saved")
+            else:
+                done = self.step == self.config.train.steps
+                where = "the training is complete" if done else "the last checkpoint stands"
+                self._say(f"Stopped, {where}. To go on: {go_on}")
             raise
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise InputError(
                 f"a process that reads images was ended ({error}): see to the memory, or lower "
-                f"data.workers; to go on from the last checkpoint: {go_on}"
+                "data.workers" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
             ) from None
 
     def _train(self, go_on: str) -> bool:
@@ -558,7 +561,8 @@ def evaluate_run(
         path: the run or the checkpoint.
         data: other images to test on, split as the run's own are; None for the run's own.
         root: where a benchmark was unpacked; None, without `data`, for where the run found it.
-        allow_partial: go on with a part of a benchmark, as a run that was trained on one does.
+        allow_partial: go on with a part of a benchmark, given `data` or `root`; of the run's own
+            images there may be as many as it was trained with.
         device: another than the run's.
 
     Returns:
@@ -571,15 +575,16 @@ def evaluate_run(
     config = _on_device(checkpoint.config, device)
     model = checkpoint.build_model().to(choose_device(config.device))
     if data is None and root is None:
-        config = config.with_overrides(["data.allow_partial=true"] * allow_partial)
         splits, facts = _open_own_images(path, config), None
     else:
         changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
         if allow_partial:
             changed["allow_partial"] = True
+        own = _images_of(path)
         # Nothing is selected: no class has to be held out for it.
-        splits = open_splits(config.data.model_copy(update=changed), "paper")
-        facts = _facts_of_other_images(splits, _images_of(path))
+        protocol = "paper" if own else config.protocol
+        splits = open_splits(config.data.model_copy(update=changed), protocol)
+        facts = _facts_of_other_images(splits, own)
     return evaluate_test(
         model,
         config,
@@ -587,8 +592,19 @@ def evaluate_run(
         checkpoint.preprocessing,
         best=checkpoint.best,
         weights=checkpoint.weights,
+        method=_method(path, checkpoint),
         facts=facts,
     ).record
+
+
+def _method(path: Path, checkpoint: Checkpoint) -> str | None:
+    """What to call a checkpoint that is not the one its run selected; None for that one."""
+    if checkpoint.path != path:
+        return None
+    result = path.parent.parent / "result.json"
+    if result.exists() and read_json(result).get("selected_step") == checkpoint.step:
+        return None
+    return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
 
 
 def _images_of(path: Path) -> dict[str, Any] | None:
@@ -632,8 +648,8 @@ def _facts_of_other_images(splits: Splits, own: dict[str, Any] | None) -> dict[s
     facts = splits.describe()
     if own is None:
         return facts
-    if own["digest"] == splits.digest:  # the run's own, in another place
-        return own["data"]
+    if (own["digest"], own["data"]["name"]) == (splits.digest, splits.name):
+        return own["data"]  # the run's own, in another place
     learned = {key: n for key, n in own["data"].items() if key.startswith(("train_", "select_"))}
     tested = {splits.test.class_names[label] for label in np.unique(splits.test.labels)}
     if seen := tested & set(own["learned_classes"]):

@@ -136,7 +136,7 @@ class ImageFiles:
         path = self.paths[index]
         if self.root is not None and os.path.islink(path):
             target = Path(os.path.realpath(path))
-            if target.is_dir() or not target.is_relative_to(self.root):
+            if os.path.isdir(target) or not target.is_relative_to(self.root):
                 raise BrokenImageError(
                     path, f"a link to a folder or out of {self.root}, and none is followed"
                 )

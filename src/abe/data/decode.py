@@ -37,6 +37,8 @@ _OF_THE_FILE = {
     errno.ENAMETOOLONG,
     errno.EACCES,
     errno.EPERM,
+    errno.EINVAL,  # an offset of a damaged file
+    errno.EOVERFLOW,
 }
 
 
