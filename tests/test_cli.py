@@ -247,7 +247,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert printed == ""
     (line,) = [line for line in said.splitlines() if line.startswith("Stopped by SIGINT")]
     (step,) = re.findall(r"after step (\d+), saved\.", line)
-    (command,) = re.findall(r"To go on: (.*abe train --resume .*)$", line)
+    (command,) = re.findall(r"To go on: (.* train --resume .*)$", line)
     last = checkpoints(folder / run)[-1]
     assert last.name == f"step-{int(step):08d}"
 

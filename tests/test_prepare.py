@@ -462,12 +462,13 @@ def test_a_second_process_is_refused(birds, tmp_path):
     """
     folder = tmp_path / "prepared"
     command = [sys.executable, "-c", textwrap.dedent(script), birds, folder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == b"started\n"
         message = refusal(prepare_folder, birds, folder)
         assert message == f"{folder} is being prepared by another process: wait for it"
-        process.communicate()
-    assert process.returncode == 0
+        _, said = process.communicate()
+    assert process.returncode == 0, said
     prepare_folder(birds, folder)
     assert len(open_prepared(folder).images) == 30
 

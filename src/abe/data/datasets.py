@@ -71,6 +71,7 @@ class LabelledImages(Protocol):
 
 
 Images = TypeVar("Images", bound=LabelledImages)
+Result = TypeVar("Result")
 
 
 class Source(NamedTuple):
@@ -356,13 +357,24 @@ def find_broken(
         return None
 
     broken = {}
-    with ThreadPool(workers) as pool:
-        errors = pool.imap(error_of, range(len(images)), chunksize=16)
-        for index, error in enumerate(errors):
-            if error is not None:
-                broken[index] = error
-            on_progress(index + 1)
+    for index, error in enumerate(in_threads(error_of, len(images), workers)):
+        if error is not None:
+            broken[index] = error
+        on_progress(index + 1)
     return broken
+
+
+def in_threads(
+    function: Callable[[int], Result], count: int, workers: int | None = None
+) -> Iterator[Result]:
+    """`function` of 0, 1 ... count - 1, in order, computed by threads.
+
+    At the end they have ended, too: a thread that is left to the end of Python may abort it.
+    """
+    with ThreadPool(workers) as pool:
+        yield from pool.imap(function, range(count), chunksize=16)
+        pool.close()
+        pool.join()
 
 
 def check_images(

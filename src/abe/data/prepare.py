@@ -23,7 +23,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
@@ -37,6 +36,7 @@ from abe.data.datasets import (
     ImageFiles,
     Source,
     check_images,
+    in_threads,
     named,
     progress,
 )
@@ -239,9 +239,8 @@ def verify(folder: str | Path, console: Console | None = None) -> Source:
         return None
 
     found = []
-    with ThreadPool() as pool, progress(console, "comparing checksums", len(index)) as on_progress:
-        faults = pool.imap(fault_of, range(len(index)), chunksize=16)
-        for done, fault in enumerate(faults, 1):
+    with progress(console, "comparing checksums", len(index)) as on_progress:
+        for done, fault in enumerate(in_threads(fault_of, len(index)), 1):
             on_progress(done)
             if fault:
                 found.append(fault)
