@@ -1,6 +1,9 @@
 """Where each test starts from, and which ones this machine cannot run."""
 
+import http.server
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread for each pytest-xdist worker, and for the commands that its tests start.
@@ -13,6 +16,69 @@ from hypothesis import settings
 
 settings.register_profile("abe", deadline=None, derandomize=True)
 settings.load_profile("abe")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the files of a folder, or their ends.
+
+    Attributes:
+        cut: after how many bytes connections are closed; None: when all is sent.
+        ranges: whether it can send the end of a file.
+        requested: Range headers of the requests so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.cut: int | None = None
+        self.ranges = True
+        self.requested: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.server.requested.append(asked)
+        path = self.server.folder / self.path[1:]
+        if not path.exists():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        if self.server.ranges and asked:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            content = content[start:]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: self.server.cut])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """A server of this machine's own, of an empty folder."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server(tmp_path_factory.mktemp("published")) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import os
 import shutil
 import socket
 import stat
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,55 +21,6 @@ from abe.data.benchmarks import BENCHMARKS, Benchmark, Count
 from abe.data.download import get, unpack
 from abe.download import RemoteFile
 from abe.errors import InputError
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves the files of a folder, or their ends.
-
-    Attributes:
-        cut: after how many bytes connections are closed; None: when all is sent.
-        requested: Range headers of the requests so far.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.cut: int | None = None
-        self.requested: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked = self.headers["Range"]
-        self.server.requested.append(asked)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        content = (self.server.folder / self.path[1:]).read_bytes()[start:]
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: self.server.cut])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    folder = tmp_path / "published"
-    folder.mkdir()
-    with Server(folder) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def jpeg() -> bytes:

@@ -1,5 +1,4 @@
 import hashlib
-import http.server
 import json
 import os
 import pickle
@@ -7,9 +6,7 @@ import shutil
 import socket
 import struct
 import sys
-import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -839,67 +836,25 @@ def test_weights_of_another_backbone():
 # --- Downloads -----------------------------------------------------------------------------------
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one file; `ranges`: whether it can continue, `cut`: where it hangs up."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content = content
-        self.ranges = True
-        self.cut: int | None = None
-        self.missing = False
-        self.requested: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/models/net.caffemodel"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        asked = self.headers["Range"]
-        self.server.requested.append(asked)
-        content = self.server.content
-        if self.server.missing:
-            self.send_error(404)
-            return
-        if self.server.ranges and asked:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            content = content[start:]
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: self.server.cut])
-
-    def log_message(self, *args: object) -> None:
-        pass
+PUBLISHED = "net.caffemodel"
 
 
 @pytest.fixture
-def server(layers, monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server(caffemodel(layers)) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def content(server, layers) -> bytes:
+    """Of the one file that the server has."""
+    published = caffemodel(layers)
+    (server.folder / PUBLISHED).write_bytes(published)
+    return published
 
 
-def source_at(server: Server, content: bytes | None = None) -> Source:
-    digest = hashlib.sha1(server.content if content is None else content).hexdigest()
-    return Source("net", "googlenet", server.url, len(server.content), f"sha1:{digest}", "", "")
+def source_at(server, content: bytes) -> Source:
+    digest = hashlib.sha1(content).hexdigest()
+    url = f"{server.url}/{PUBLISHED}"
+    return Source("net", "googlenet", url, len(content), f"sha1:{digest}", "", "")
 
 
-def test_download_by_name(server, layers, tmp_path, monkeypatch):
-    monkeypatch.setitem(SOURCES, "net", source_at(server))
+def test_download_by_name(server, content, layers, tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "net", source_at(server, content))
     monkeypatch.setenv("ABE_CACHE", str(tmp_path / "cache"))
     for _ in range(2):
         weights = read_weights("net")
@@ -909,14 +864,14 @@ def test_download_by_name(server, layers, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "cache") == ["net.caffemodel"]
 
 
-def test_a_damaged_file_in_the_cache_is_refused_by_its_path(server, tmp_path):
-    source = source_at(server)
+def test_a_damaged_file_in_the_cache_is_refused_by_its_path(server, content, tmp_path):
+    source = source_at(server, content)
     path = download(source, tmp_path)
-    path.write_bytes(server.content[:-1])
+    path.write_bytes(content[:-1])
     with pytest.raises(InputError, match=rf"^{path} has the sha1 .* instead of .*: remove it"):
         download(source, tmp_path)
     path.unlink()
-    assert download(source, tmp_path).read_bytes() == server.content
+    assert download(source, tmp_path).read_bytes() == content
     assert server.requested == [None, None]
 
 
@@ -925,50 +880,50 @@ def test_cache_is_in_the_home_directory_unless_told_otherwise(monkeypatch):
     assert cache_dir() == Path.home() / ".cache" / "abe"
 
 
-def test_cut_download_is_kept_and_continued(server, tmp_path):
-    source = source_at(server)
+def test_cut_download_is_kept_and_continued(server, content, tmp_path):
+    source = source_at(server, content)
     server.cut = 100
     with pytest.raises(InputError, match="Run the same again to continue it"):
         download(source, tmp_path)
-    assert (tmp_path / "net.caffemodel.part").read_bytes() == server.content[:100]
+    assert (tmp_path / "net.caffemodel.part").read_bytes() == content[:100]
 
     server.cut = None
     path = download(source, tmp_path)
 
     assert server.requested == [None, "bytes=100-"]
-    assert path.read_bytes() == server.content
+    assert path.read_bytes() == content
     assert os.listdir(tmp_path) == ["net.caffemodel"]
 
 
-def test_server_that_cannot_continue_sends_all(server, tmp_path):
+def test_server_that_cannot_continue_sends_all(server, content, tmp_path):
     server.ranges = False
-    (tmp_path / "net.caffemodel.part").write_bytes(server.content[:100])
-    assert download(source_at(server), tmp_path).read_bytes() == server.content
+    (tmp_path / "net.caffemodel.part").write_bytes(content[:100])
+    assert download(source_at(server, content), tmp_path).read_bytes() == content
 
 
-def test_complete_part_is_only_verified(server, tmp_path):
-    (tmp_path / "net.caffemodel.part").write_bytes(server.content)
-    assert download(source_at(server), tmp_path).read_bytes() == server.content
+def test_complete_part_is_only_verified(server, content, tmp_path):
+    (tmp_path / "net.caffemodel.part").write_bytes(content)
+    assert download(source_at(server, content), tmp_path).read_bytes() == content
 
 
-def test_wrong_checksum_leaves_nothing(server, tmp_path):
+def test_wrong_checksum_leaves_nothing(server, content, tmp_path):
     with pytest.raises(InputError, match="instead of"):
-        download(source_at(server, content=b"something else"), tmp_path)
+        download(source_at(server, b"something else"), tmp_path)
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("left_behind", [b"garbage", bytes(100_000)], ids=["short", "long"])
-def test_part_of_another_file_is_deleted(left_behind, server, tmp_path):
+def test_part_of_another_file_is_deleted(left_behind, server, content, tmp_path):
     (tmp_path / "net.caffemodel.part").write_bytes(left_behind)
     with pytest.raises(InputError, match="instead of"):
-        download(source_at(server), tmp_path)
-    assert download(source_at(server), tmp_path).read_bytes() == server.content
+        download(source_at(server, content), tmp_path)
+    assert download(source_at(server, content), tmp_path).read_bytes() == content
 
 
-def test_server_without_the_file(server, tmp_path):
-    server.missing = True
+def test_server_without_the_file(server, content, tmp_path):
+    (server.folder / PUBLISHED).unlink()
     with pytest.raises(InputError, match="HTTP Error 404"):
-        download(source_at(server), tmp_path)
+        download(source_at(server, content), tmp_path)
 
 
 def test_no_network(tmp_path, monkeypatch):
@@ -980,10 +935,10 @@ def test_no_network(tmp_path, monkeypatch):
         download(source, tmp_path)
 
 
-def test_cache_that_cannot_be_written(server, tmp_path):
+def test_cache_that_cannot_be_written(server, content, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"download to .* failed"):
-        download(source_at(server), tmp_path / "file")
+        download(source_at(server, content), tmp_path / "file")
 
 
 def test_shipped_source_is_not_downloaded(tmp_path):

@@ -112,7 +112,7 @@ def write_result(
         )
         raise InputError(
             f"{writing} cannot be written ({error}): make room for it or see to its permissions"
-            + kept * (not _is_baseline(record))
+            + kept * (not is_baseline(record))
         ) from None
 
 
@@ -276,14 +276,20 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """What scores of a method depend on but for seed and learning rate; weights by their hash."""
     settings = flatten(record["config"])
     del settings["seed"], settings["train.lr"]
-    if _is_baseline(record):
+    if is_baseline(record):
         settings = {k: v for k, v in settings.items() if k.startswith(("data.", "protocol"))}
     if weights := record["weights"]:
-        settings["model.weights"] = f"{PurePath(weights['source']).name} {weights['sha256'][:12]}"
+        settings["model.weights"] = weights_name(weights)
     return settings
 
 
-def _is_baseline(record: dict[str, Any]) -> bool:
+def weights_name(weights: dict[str, str]) -> str:
+    """What to call a pretrained start: its file, and the first digits of its hash."""
+    return f"{PurePath(weights['source']).name} {weights['sha256'][:12]}"
+
+
+def is_baseline(record: dict[str, Any]) -> bool:
+    """Whether a result is of what was not trained."""
     return record["selected_step"] is None
 
 
@@ -316,10 +322,10 @@ def markdown_table(summaries: Iterable[Summary]) -> str:
         by_images.setdefault(key, []).append(summary)
     tables = []
     for group in by_images.values():
-        baselines = [summary for summary in group if _is_baseline(summary.record)]
+        baselines = [summary for summary in group if is_baseline(summary.record)]
         trained: dict[str, list[Summary]] = {}
         for summary in group:
-            if not _is_baseline(summary.record):
+            if not is_baseline(summary.record):
                 trained.setdefault(_schedule(summary.record), []).append(summary)
         tables += [_table(baselines + rows) for rows in trained.values() or [[]]]
     return "\n\n".join(tables)
@@ -362,7 +368,7 @@ def _table(summaries: list[Summary]) -> str:
 
 def _schedule(record: dict[str, Any]) -> str:
     """How much a network was trained; a baseline was not."""
-    if _is_baseline(record):
+    if is_baseline(record):
         return "images"
     train = record["config"]["train"]
     return f"{train['steps']} steps of {train['batch_size']} images"
@@ -370,7 +376,7 @@ def _schedule(record: dict[str, Any]) -> str:
 
 def _name_and_loss(summary: Summary) -> tuple[str, str]:
     record = summary.record
-    if _is_baseline(record):
+    if is_baseline(record):
         return record["method"], ""
     train = record["config"]["train"]
     if train["metric_loss"] != "contrastive":
@@ -381,7 +387,7 @@ def _name_and_loss(summary: Summary) -> tuple[str, str]:
 
 def _rate_name(summary: Summary) -> str:
     """The learning rate that was chosen, and how many were tried."""
-    if _is_baseline(summary.record):
+    if is_baseline(summary.record):
         return ""
     return f"{summary.record['config']['train']['lr']:g}, {len(summary.rates)}"
 

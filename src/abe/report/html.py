@@ -31,7 +31,7 @@ from abe.evaluate import pair_cosines
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
 from abe.report.runs import Run, read_runs
-from abe.results import data_title, differing
+from abe.results import data_title, differing, weights_name
 from abe.runtime import replace_text
 
 QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at the first rank
@@ -317,7 +317,7 @@ def _facts(runs: list[Run]) -> dict[str, list[str]]:
             "Configuration": record["config_digest"],
             "Seed": record["seed"],
             "Selected step": record["selected_step"],
-            "Weights": weights and f"{PurePath(weights['source']).name} {weights['sha256'][:12]}",
+            "Weights": weights and weights_name(weights),
             "Date": record["date"],
             "abe": " ".join(filter(None, (software["abe"], software["commit"]))),
             "Python, torch": f"{software['python']}, {software['torch']}",

@@ -15,7 +15,7 @@ from torch import Tensor
 from abe.config import Config
 from abe.errors import InputError
 from abe.model.ensemble import concat
-from abe.results import data_title, flatten, told_apart
+from abe.results import data_title, flatten, is_baseline, told_apart
 from abe.runtime import read_json, read_json_lines, resume_command
 
 
@@ -112,7 +112,7 @@ def _read(path: Path) -> Run:
         raise InputError(f"{path} has no result.json: give the folder of a finished run")
     record = read_json(path / "result.json")
     try:
-        trained = record["selected_step"] is not None
+        trained = not is_baseline(record)
         embeddings, gallery = _read_embeddings(path / "embeddings.safetensors", record, trained)
         return Run(
             path=path,
