@@ -605,3 +605,12 @@ def test_small_images_are_decoded_side_by_side(tmp_path):
     both = threading.Barrier(2, timeout=30)
     with ThreadPool(2) as pool:
         pool.map(lambda _: use_image(path, None, lambda image: both.wait()), range(2), chunksize=1)
+
+
+@pytest.mark.parametrize("offset", [2**50, 2**62, 2**63 - 8])
+def test_an_offset_of_a_damaged_file_is_the_files_fault(tmp_path, offset):
+    """Of a BigTIFF; the system says that such a place cannot be."""
+    path = tmp_path / "image.tif"
+    path.write_bytes(struct.pack("<2sHHHQ", b"II", 43, 8, 0, offset) + bytes(64))
+    with pytest.raises(BrokenImageError):
+        read_image(path)

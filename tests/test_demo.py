@@ -95,3 +95,18 @@ def test_folders_of_one_name_are_different_demos(tmp_path: Path) -> None:
     shutil.rmtree(file.parent)
     with pytest.raises(InputError, match=r"\(to begin the demo anew, remove .*demo/\w+-\w+\)$"):
         run_demo(base, tmp_path / "demo", SILENT)
+
+
+@pytest.mark.slow
+def test_a_demo_goes_on_with_another_device_and_without_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = TINY.with_overrides(["model.weights=none"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda trainer: None)  # as a signal leaves it
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(base, tmp_path, SILENT)
+    with pytest.raises(InputError, match="device=tpu is unknown"):
+        run_demo(base.with_overrides(["device=tpu"]), tmp_path, SILENT)
+    records, _ = run_demo(base, tmp_path, SILENT)
+    assert [record["method"] for record in records] == ["raw pixels", "1-head^16", "ABE-4^16"]

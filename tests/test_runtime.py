@@ -25,6 +25,7 @@ from abe.runtime import (
     choose_precision,
     environment,
     read_json_lines,
+    replace_text,
     resume_command,
     write_json,
 )
@@ -153,6 +154,19 @@ def test_write_json_replaces_a_file_or_leaves_it(tmp_path: Path) -> None:
     write_json(path, 2)
     assert json.loads(path.read_text(encoding="utf-8")) == 2
     assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_text_goes_through_links_and_into_pipes(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("page")
+    replace_text(tmp_path / "link", "new \udce9")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "page").read_text() == "new \\udce9"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    replace_text(tmp_path / "pipe", "text")
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+    assert sorted(os.listdir(tmp_path)) == ["link", "page", "pipe"]
 
 
 def test_write_json_is_whole_when_the_machine_stops(
