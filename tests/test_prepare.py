@@ -473,6 +473,26 @@ def test_a_second_process_is_refused(birds, tmp_path):
     assert len(open_prepared(folder).images) == 30
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+def test_arrow_is_left_no_threads_that_abort_the_end_of_a_process(birds, tmp_path):
+    script = """
+        import os, sys
+        import pyarrow.parquet
+        from abe.data import datasets, prepare
+
+        threads = len(os.listdir("/proc/self/task"))
+        images = datasets.image_folder(sys.argv[1])
+        prepare.prepare(images, sys.argv[2], source=sys.argv[1], side=24)
+        print(len(os.listdir("/proc/self/task")) - threads)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), birds, tmp_path / "prepared"]
+    # OpenBLAS, OpenMP: none of their threads either
+    left = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert left.stdout == "0\n"
+
+
 # --- files that change or cannot be read -------------------------------------------------------
 
 
