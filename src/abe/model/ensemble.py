@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abe.errors import InputError
-from abe.model.attention import AttentionHeads
+from abe.model.attention import AttentionHeads, gate
 from abe.model.backbones import Backbone, get_backbone
 
 
@@ -152,7 +152,7 @@ class AttentionEnsemble(nn.Module):
         spatial = self.spatial[0](images)  # (B, K, h, w)
         if self.attention_trunk is None:
             return spatial.unsqueeze(1).expand(-1, self.num_learners, -1, -1, -1)
-        return spatial.unsqueeze(1) * self._masks(spatial)
+        return gate(spatial, self._masks(spatial))
 
     def _embed(self, features: Tensor) -> Tensor:
         """G on every learner's features, as one batch; (B, M, K, h, w) -> (B, M, d)."""
