@@ -57,9 +57,7 @@ def compare(batch: int, rounds: int) -> dict[str, float]:
         return with_gradient(lambda: ensemble_loss(embeddings, labels).total)
 
     torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-4)
-    seconds = take_turns(
-        {"ours": ours, "theirs": theirs, "whole": whole}, rounds, time.process_time
-    )
+    seconds = take_turns({"ours": ours, "theirs": theirs, "whole": whole}, rounds)
     return rounded(
         {
             "ms": 1e3 * seconds["ours"],

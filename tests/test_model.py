@@ -285,6 +285,51 @@ def test_forward_equals_a_loop_over_learners(
     torch.testing.assert_close(gradients(batched), gradients(looped), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_activation_checkpointing_gives_the_same_gradients(network, images) -> None:
+    model = toy(network).double()
+    images = images.double()
+    weight = torch.randn(3, 4, 2, dtype=torch.float64)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (model(images) * weight).sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    plain, expected = model(images), gradients()
+    model.checkpoint_activations()
+    torch.testing.assert_close(model(images), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_activation_checkpointing_keeps_little() -> None:
+    model = AttentionEnsemble()
+    images = torch.rand(2, 3, 64, 64)
+
+    def kept() -> int:
+        memory: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            embeddings = model(images)  # whose graph keeps the memory, and its addresses
+        assert embeddings.requires_grad
+        of_parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        return sum(size for address, size in memory.items() if address not in of_parameters)
+
+    plain = kept()
+    model.checkpoint_activations()
+    assert kept() < 0.05 * plain
+
+
+def test_activation_checkpointing_refuses_batch_norm() -> None:
+    with pytest.raises(InputError, match="toy has batch norm.*leave activation checkpointing off"):
+        toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM).checkpoint_activations()
+
+
 def test_batch_norm_in_g_takes_its_statistics_of_all_learners_at_once(images) -> None:
     model = toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM)
     convolution, norm, _ = model.embedding[0].block

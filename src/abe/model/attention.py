@@ -27,10 +27,19 @@ class AttentionHeads(nn.Conv2d):
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
-    def forward(self, trunk_features: Tensor) -> Tensor:
-        """(B, C, h, w) -> masks (B, M, K, h, w), every element between 0 and 1."""
-        logits = super().forward(trunk_features)
-        return torch.sigmoid(logits).unflatten(1, (self.num_learners, -1))
+    def forward(self, trunk_features: Tensor, learner: int | None = None) -> Tensor:
+        """(B, C, h, w) -> masks (B, M, K, h, w), every element between 0 and 1.
+
+        Args:
+            trunk_features: C(S(x)).
+            learner: the only one to compute, (B, 1, K, h, w); None for all.
+        """
+        weight, bias = self.weight, self.bias
+        assert bias is not None
+        if learner is not None:
+            weight, bias = (part.chunk(self.num_learners)[learner] for part in (weight, bias))
+        logits = self._conv_forward(trunk_features, weight, bias)
+        return torch.sigmoid(logits).unflatten(1, (-1, len(self.weight) // self.num_learners))
 
 
 def gate(spatial: Tensor, masks: Tensor) -> Tensor:

@@ -127,19 +127,23 @@ class _ResponseNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, band: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
         norm = _windows(x.square(), band).mul_(ResponseNorm.alpha / ResponseNorm.size).add_(1)
-        factor = norm.rsqrt()  # n^-1/2; n^-3/4 is quicker by roots than by a power
-        factor.mul_(factor.sqrt())
-        ctx.save_for_backward(x, norm, factor, band)
-        return (x * factor).permute(0, 3, 1, 2)
+        ctx.save_for_backward(x, norm, band)
+        return (x * _factor(norm)).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        x, norm, factor, band = ctx.saved_tensors
-        scaled = gradient.permute(0, 2, 3, 1) * factor
+        x, norm, band = ctx.saved_tensors
+        scaled = gradient.permute(0, 2, 3, 1) * _factor(norm)
         pull = _windows((scaled * x).div_(norm), band)
         share = -2 * ResponseNorm.beta * ResponseNorm.alpha / ResponseNorm.size
         return scaled.addcmul_(x, pull, value=share).permute(0, 3, 1, 2), None
+
+
+def _factor(norm: Tensor) -> Tensor:
+    """n^-0.75, by roots: quicker than by a power."""
+    root = norm.rsqrt()
+    return root.mul_(root.sqrt())
 
 
 def _windows(x: Tensor, band: Tensor) -> Tensor:
