@@ -50,3 +50,10 @@ def rounded(value: Any, digits: int = 3) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     return value
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, megabytes (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1000

@@ -326,7 +326,7 @@ def test_activation_checkpointing_keeps_little() -> None:
 
 
 def test_activation_checkpointing_refuses_batch_norm() -> None:
-    with pytest.raises(InputError, match="toy has batch norm.*leave activation checkpointing off"):
+    with pytest.raises(InputError, match=r"toy has batch norm.*leave activation checkpointing off"):
         toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM).checkpoint_activations()
 
 
