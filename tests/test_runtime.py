@@ -18,9 +18,11 @@ import torch
 from abe import runtime
 from abe.errors import InputError
 from abe.runtime import (
+    Precision,
     StopSignal,
     append_json_line,
     autocast,
+    bfloat16_is_faster,
     choose_device,
     choose_precision,
     environment,
@@ -90,17 +92,45 @@ def test_auto_precision_is_what_the_cpu_multiplies(
     capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda device: True)
     assert choose_precision("auto", CPU) == expected
     assert choose_precision("fp32", CPU) == "fp32"
     assert choose_precision("bf16", CPU) == "bf16"
 
 
 def test_auto_precision_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert choose_precision("auto", torch.device("cuda")) == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert choose_precision("auto", torch.device("cuda")) == "fp32"
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda device: True)
+    supported = {"including_emulation": False}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: asked == supported)
+    assert choose_precision("auto", cuda) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: False)
+    assert choose_precision("auto", cuda) == "fp32"
     assert choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+@pytest.mark.parametrize(("bf16_seconds", "expected"), [(0.7, "bf16"), (0.8, "fp32"), (2, "fp32")])
+def test_auto_precision_is_measured(
+    bf16_seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that a pass in bfloat16 moves by so much, and one in float32 by 1."""
+    seconds = 0.0
+
+    def watched(device: torch.device, precision: Precision) -> torch.autocast:
+        nonlocal seconds
+        seconds += bf16_seconds if precision == "bf16" else 1
+        return autocast(device, precision)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(runtime, "autocast", watched)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: seconds)
+    bfloat16_is_faster.cache_clear()
+    assert choose_precision("auto", CPU) == expected
+    monkeypatch.undo()
+    bfloat16_is_faster.cache_clear()
+    random_state = torch.get_rng_state()
+    assert choose_precision("auto", CPU) in ("fp32", "bf16")
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_autocast_multiplies_in_the_precision() -> None:
