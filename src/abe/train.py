@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from abe.checkpoint import (
     checkpoints,
     load_latest,
     load_selected,
-    optimizer_tensors,
     remove_superseded,
-    restore_optimizer,
     save_checkpoint,
+    set_aside_newer,
+    training_tensors,
 )
 from abe.config import Config, TrainConfig
 from abe.data.datasets import LabelledImages
+from abe.data.decode import ReadingError
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
@@ -51,16 +53,22 @@ from abe.runtime import (
     choose_device,
     choose_precision,
     environment,
+    flush,
+    locked,
+    make_folder,
     read_json,
     read_json_lines,
     replace_text,
     resume_command,
+    seed_step,
     typed,
     write_json,
 )
 from abe.start import start
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
+LOG = "metrics.jsonl"
+LOCK = ".lock"  # of a run: held by the process that trains it
 
 
 class Trainer:
@@ -91,6 +99,9 @@ class Trainer:
         *,
         checkpoint: Checkpoint | None = None,
     ) -> None:
+        if (run / LOCK).exists():
+            with _alone(run):
+                pass  # who is too late is told before images are read
         if checkpoint is None and checkpoints(run):
             raise InputError(
                 f"{run} holds a run already: go on with `{resume_command(run)}`, "
@@ -154,10 +165,15 @@ class Trainer:
             it is saved then and `resume` goes on.
 
         Raises:
-            InputError: the loss or a gradient is not finite; the message names the step and the
-                batch's files.
+            InputError: the loss or a gradient is not finite, and the message names the step and
+                the batch's files; a file of the run cannot be written; or another process trains
+                it, or has gone on with it since this trainer was made.
         """
-        go_on = go_on or resume_command(self.run)
+        with _alone(self.run):
+            set_aside_newer(self.run, None if self.best is None else self.step)
+            return self._fit(go_on or resume_command(self.run))
+
+    def _fit(self, go_on: str) -> dict[str, Any] | None:
         self._begin()
         try:
             if not self._train(go_on):
@@ -177,6 +193,13 @@ class Trainer:
             raise InputError(
                 f"a process that reads images was ended ({error}): see to the memory, or lower "
                 "data.workers" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+            ) from None
+        except OSError as error:
+            if error.filename is None or isinstance(error, ReadingError):
+                raise
+            raise InputError(
+                f"{error.filename} cannot be written ({error.strerror}): make room for it or see "
+                "to its permissions" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
             ) from None
 
     def _train(self, go_on: str) -> bool:
@@ -222,6 +245,7 @@ class Trainer:
         logged = self.step % train.log_every == 0
         self.model.train()
         gates = GateStatistics(self.model) if logged else None
+        seed_step(self.config.seed, self.step)
         loss, embeddings = self._loss(batch)
         if not math.isfinite(loss.total.item()):
             self._refuse(f"the loss is {loss.total.item()}", batch)
@@ -311,9 +335,8 @@ class Trainer:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _begin(self) -> None:
-        self.run.mkdir(parents=True, exist_ok=True)
         if self.best is None:  # the log may be of an attempt that was killed before it saved
-            (self.run / "metrics.jsonl").unlink(missing_ok=True)
+            (self.run / LOG).unlink(missing_ok=True)
             write_json(
                 self.run / IMAGES,
                 {
@@ -322,6 +345,8 @@ class Trainer:
                     "learned_classes": self.splits.learned_classes,
                 },
             )
+        else:
+            self._forget_later_steps()
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
@@ -361,7 +386,7 @@ class Trainer:
                 raise InputError(
                     f"embeddings are not finite after step {self.step}: lower train.lr "
                     f"({self.config.train.lr}), or see which layer is fast in "
-                    f"{self.run / 'metrics.jsonl'}, update_to_weight"
+                    f"{self.run / LOG}, update_to_weight"
                 )
             return concat(embeddings)
 
@@ -370,11 +395,8 @@ class Trainer:
         return recall_at_k(embedded(select), select.labels, [1], *against)[1]
 
     def _save(self) -> None:
-        training = optimizer_tensors(self.optimizer)
-        training["torch_rng"] = torch.get_rng_state()
-        if self.metric_loss is not None:
-            state = self.metric_loss.state_dict()
-            training |= {f"metric_loss.{key}": value for key, value in state.items()}
+        for path in (self.run / LOG, self.run):  # after a power cut, it has the checkpoint's steps
+            flush(path)
         save_checkpoint(
             self.run / "checkpoints",
             step=self.step,
@@ -383,21 +405,25 @@ class Trainer:
             weights=self.start.origin,
             best=self.best,
             model=self.model.state_dict(),
-            training=training,
+            training=training_tensors(self.optimizer, self.metric_loss),
         )
         remove_superseded(self.run, keep=self.best)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        own, begun_with = self.start.origin, checkpoint.weights
+        if (own and own["sha256"]) != (begun_with and begun_with["sha256"]):
+            raise InputError(
+                f"{self.config.model.weights}: not the pretrained start that {self.run} was begun "
+                "with: put that back, or train a new run"
+            )
         self.step, self.best = checkpoint.step, checkpoint.best
         self.preprocessing = checkpoint.preprocessing
         checkpoint.load_into(self.model)
-        restore_optimizer(self.optimizer, checkpoint.training)
-        if self.metric_loss is not None:
-            prefix = "metric_loss."
-            own = {k: v for k, v in checkpoint.training.items() if k.startswith(prefix)}
-            self.metric_loss.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
-        torch.set_rng_state(checkpoint.training["torch_rng"])
-        log = self.run / "metrics.jsonl"
+        checkpoint.load_training_into(self.optimizer, self.metric_loss)
+
+    def _forget_later_steps(self) -> None:
+        """Cut the log where the checkpoint is; what comes after it is done and logged again."""
+        log = self.run / LOG
         lines = read_json_lines(log, cut_off=True)
         kept = [line for line in lines if line.get("step", 0) <= self.step]
         replace_text(log, "".join(json.dumps(line) + "\n" for line in kept))
@@ -425,7 +451,7 @@ class Trainer:
         )
 
     def _log(self, **values: Any) -> None:
-        append_json_line(self.run / "metrics.jsonl", {"step": self.step, **values})
+        append_json_line(self.run / LOG, {"step": self.step, **values})
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Callable[[int], None]]:
@@ -449,6 +475,13 @@ class Trainer:
                 progress.update(task, completed=step, rate=rate)
 
             yield advance
+
+
+def _alone(run: Path) -> AbstractContextManager[object]:
+    """While it lasts, no other process trains in the run's folder, which is made if need be."""
+    make_folder(run)
+    taken = f"{run} is being trained by another process: wait for it, or give another folder"
+    return locked(run / LOCK, taken)
 
 
 class GateStatistics:

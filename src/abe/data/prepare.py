@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from abe.data.datasets import (
 )
 from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.errors import InputError
+from abe.runtime import locked
 
 VERSION = 1
 SQUARES, INDEX, MANIFEST = "squares.npy", "index.parquet", "prepared.json"
@@ -399,10 +401,16 @@ def _require_same(folder: Path, index: Any, listing: Any) -> None:
 def _prepare(
     images: ImageFiles, listing: Any, folder: Path, skip_broken: bool, console: Console | None
 ) -> None:
+    if sys.platform == "win32":
+        raise InputError(
+            f"{folder}: images can be prepared on Linux or macOS; what is prepared there can be "
+            "read here"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not is_prepared(folder):
         raise InputError(f"{folder} is not empty: give a new folder")
-    with _locked(folder / JOURNAL) as journal:
+    taken = f"{folder} is being prepared by another process: wait for it"
+    with locked(folder / JOURNAL, taken) as journal:
         if not (folder / MANIFEST).exists():  # else it is finished but for the journal
             _decode(images, listing, folder, journal, skip_broken, console)
         (folder / JOURNAL).unlink(missing_ok=True)
@@ -532,26 +540,6 @@ def _read_journal(journal: BinaryIO) -> dict[int, _Entry]:
         end += len(line)
     journal.truncate(end)
     return entries
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file open to be read and appended to, by one process at a time."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        raise InputError(
-            f"{path.parent}: images can be prepared on Linux or macOS; what is prepared there can "
-            "be read here"
-        ) from None
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{path.parent} is being prepared by another process: wait for it"
-            ) from None
-        yield file
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:
