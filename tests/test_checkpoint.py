@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,62 @@ def test_a_kill_while_a_step_is_replaced_leaves_the_old_one(
     save(tmp_path, model={"weight": torch.ones(2)})
     assert load_latest(tmp_path).model["weight"].tolist() == [1, 1]
     assert list((tmp_path / "checkpoints").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("again", "expected"),
+    [(False, [(1, 0), (2, 1)]), (True, [(2, 0), (1, 0), (2, 1)])],
+    ids=["new", "again"],
+)
+def test_every_state_that_the_disk_goes_through(
+    again: bool,
+    expected: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy of the run is made around every change; of each a whole checkpoint can be loaded.
+
+    What was not flushed to the disk holds noise in the copy, as it may after a power cut.
+    """
+    run, fsync = tmp_path / "run", os.fsync
+    save(run, 1)
+    if again:
+        save(run, 2, model={"weight": torch.zeros(2)})
+    flushed = {file.stat().st_ino for file in run.rglob("*")}
+    states: list[Path] = []
+
+    def copy() -> None:
+        states.append(shutil.copytree(run, tmp_path / str(len(states))))
+        for file in filter(Path.is_file, run.rglob("*")):
+            if file.stat().st_ino not in flushed:
+                noise = b"?" * file.stat().st_size
+                (states[-1] / file.relative_to(run)).write_bytes(noise)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            copy()
+            result = function(*arguments, **options)
+            if function is fsync:
+                flushed.add(os.fstat(arguments[0]).st_ino)
+            copy()
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched(fsync))
+        patch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+        for name in ("rename", "mkdir", "touch", "chmod"):
+            patch.setattr(Path, name, watched(getattr(Path, name)))
+        save(run, 2, model={"weight": torch.ones(2)})
+    assert len(states) > 20
+    seen = []
+    for state in states:
+        found = load_latest(state)
+        seen.append((found.step, found.model["weight"].flatten()[0].item()))
+        save(state, 3)
+        assert load_latest(state).step == 3
+    assert list(dict.fromkeys(seen)) == expected
 
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
