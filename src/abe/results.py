@@ -137,7 +137,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         try:
             markdown_table(summarize([record]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{path}, line {number} is no result of `abe train` or `abe eval` ({error!r}): "
                 "remove it"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -423,10 +424,8 @@ class Trainer:
 
     def _forget_later_steps(self) -> None:
         """Cut the log where the checkpoint is; what comes after it is done and logged again."""
-        log = self.run / LOG
-        lines = read_json_lines(log, cut_off=True)
-        kept = [line for line in lines if line.get("step", 0) <= self.step]
-        replace_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = read_log(self.run / LOG, self.step)
+        replace_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
         selected = load_selected(self.run)
@@ -613,7 +612,7 @@ def evaluate_run(
         changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
         if allow_partial:
             changed["allow_partial"] = True
-        own = _images_of(path)
+        own = read_images(path)
         # Nothing is selected: no class has to be held out for it.
         protocol = "paper" if own else config.protocol
         splits = open_splits(config.data.model_copy(update=changed), protocol)
@@ -640,17 +639,50 @@ def _method(path: Path, checkpoint: Checkpoint) -> str | None:
     return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
 
 
-def _images_of(path: Path) -> dict[str, Any] | None:
-    """images.json of a run, or of a checkpoint's run; None if there is none."""
+class _Images(BaseModel):
+    """images.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    digest: str
+    data: dict[str, Any]
+    learned_classes: list[str]
+
+
+def read_images(path: Path) -> dict[str, Any] | None:
+    """images.json of a run, or of a checkpoint's run; None if there is none.
+
+    Raises:
+        InputError: it is not what a run writes; the message names it.
+    """
     for folder in (path, path.parent.parent):
-        if (folder / IMAGES).exists():
-            return read_json(folder / IMAGES)
+        if (file := folder / IMAGES).exists():
+            values = read_json(file)
+            try:
+                _Images.model_validate(values)
+                values["data"]["name"]
+            except (ValidationError, KeyError):
+                raise InputError(f"{file} is not what abe writes: train a new run") from None
+            return values
     return None
+
+
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a step; the last one may be cut off.
+
+    Raises:
+        InputError: it cannot be read, or a line has no step; the message names it.
+    """
+    lines = read_json_lines(path, cut_off=True)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise InputError(f"{path}, line {number} has no step: correct or remove it")
+    return [line for line in lines if line["step"] <= step]
 
 
 def _require_same_images(path: Path, splits: Splits) -> None:
     """Raises InputError unless the images are those that the run at `path` learned and tested."""
-    own = _images_of(path)
+    own = read_images(path)
     if own is not None and own["digest"] != splits.digest:
         raise InputError(
             f"{splits.name}: images or classes were added, removed or renamed since {path} was "
