@@ -11,12 +11,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -27,13 +29,14 @@ from abe.checkpoint import (
     checkpoints,
     load_latest,
     load_selected,
-    optimizer_tensors,
     remove_superseded,
-    restore_optimizer,
     save_checkpoint,
+    set_aside_newer,
+    training_tensors,
 )
 from abe.config import Config, TrainConfig
 from abe.data.datasets import LabelledImages
+from abe.data.decode import ReadingError
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
@@ -51,16 +54,22 @@ from abe.runtime import (
     choose_device,
     choose_precision,
     environment,
+    flush,
+    locked,
+    make_folder,
     read_json,
     read_json_lines,
     replace_text,
     resume_command,
+    seed_step,
     typed,
     write_json,
 )
 from abe.start import start
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
+LOG = "metrics.jsonl"
+LOCK = ".lock"  # of a run: held by the process that trains it
 
 
 class Trainer:
@@ -91,6 +100,9 @@ class Trainer:
         *,
         checkpoint: Checkpoint | None = None,
     ) -> None:
+        if (run / LOCK).exists():
+            with _alone(run):
+                pass  # who is too late is told before images are read
         if checkpoint is None and checkpoints(run):
             raise InputError(
                 f"{run} holds a run already: go on with `{resume_command(run)}`, "
@@ -154,10 +166,15 @@ class Trainer:
             it is saved then and `resume` goes on.
 
         Raises:
-            InputError: the loss or a gradient is not finite; the message names the step and the
-                batch's files.
+            InputError: the loss or a gradient is not finite, and the message names the step and
+                the batch's files; a file of the run cannot be written; or another process trains
+                it, or has gone on with it since this trainer was made.
         """
-        go_on = go_on or resume_command(self.run)
+        with _alone(self.run):
+            set_aside_newer(self.run, None if self.best is None else self.step)
+            return self._fit(go_on or resume_command(self.run))
+
+    def _fit(self, go_on: str) -> dict[str, Any] | None:
         self._begin()
         try:
             if not self._train(go_on):
@@ -177,6 +194,13 @@ class Trainer:
             raise InputError(
                 f"a process that reads images was ended ({error}): see to the memory, or lower "
                 "data.workers" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+            ) from None
+        except OSError as error:
+            if error.filename is None or isinstance(error, ReadingError):
+                raise
+            raise InputError(
+                f"{error.filename} cannot be written ({error.strerror}): make room for it or see "
+                "to its permissions" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
             ) from None
 
     def _train(self, go_on: str) -> bool:
@@ -222,6 +246,7 @@ class Trainer:
         logged = self.step % train.log_every == 0
         self.model.train()
         gates = GateStatistics(self.model) if logged else None
+        seed_step(self.config.seed, self.step)
         loss, embeddings = self._loss(batch)
         if not math.isfinite(loss.total.item()):
             self._refuse(f"the loss is {loss.total.item()}", batch)
@@ -311,9 +336,8 @@ class Trainer:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _begin(self) -> None:
-        self.run.mkdir(parents=True, exist_ok=True)
         if self.best is None:  # the log may be of an attempt that was killed before it saved
-            (self.run / "metrics.jsonl").unlink(missing_ok=True)
+            (self.run / LOG).unlink(missing_ok=True)
             write_json(
                 self.run / IMAGES,
                 {
@@ -322,6 +346,8 @@ class Trainer:
                     "learned_classes": self.splits.learned_classes,
                 },
             )
+        else:
+            self._forget_later_steps()
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
@@ -361,7 +387,7 @@ class Trainer:
                 raise InputError(
                     f"embeddings are not finite after step {self.step}: lower train.lr "
                     f"({self.config.train.lr}), or see which layer is fast in "
-                    f"{self.run / 'metrics.jsonl'}, update_to_weight"
+                    f"{self.run / LOG}, update_to_weight"
                 )
             return concat(embeddings)
 
@@ -370,11 +396,8 @@ class Trainer:
         return recall_at_k(embedded(select), select.labels, [1], *against)[1]
 
     def _save(self) -> None:
-        training = optimizer_tensors(self.optimizer)
-        training["torch_rng"] = torch.get_rng_state()
-        if self.metric_loss is not None:
-            state = self.metric_loss.state_dict()
-            training |= {f"metric_loss.{key}": value for key, value in state.items()}
+        for path in (self.run / LOG, self.run):  # after a power cut, it has the checkpoint's steps
+            flush(path)
         save_checkpoint(
             self.run / "checkpoints",
             step=self.step,
@@ -383,24 +406,26 @@ class Trainer:
             weights=self.start.origin,
             best=self.best,
             model=self.model.state_dict(),
-            training=training,
+            training=training_tensors(self.optimizer, self.metric_loss),
         )
         remove_superseded(self.run, keep=self.best)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        own, begun_with = self.start.origin, checkpoint.weights
+        if (own and own["sha256"]) != (begun_with and begun_with["sha256"]):
+            raise InputError(
+                f"{self.config.model.weights}: not the pretrained start that {self.run} was begun "
+                "with: put that back, or train a new run"
+            )
         self.step, self.best = checkpoint.step, checkpoint.best
         self.preprocessing = checkpoint.preprocessing
         checkpoint.load_into(self.model)
-        restore_optimizer(self.optimizer, checkpoint.training)
-        if self.metric_loss is not None:
-            prefix = "metric_loss."
-            own = {k: v for k, v in checkpoint.training.items() if k.startswith(prefix)}
-            self.metric_loss.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
-        torch.set_rng_state(checkpoint.training["torch_rng"])
-        log = self.run / "metrics.jsonl"
-        lines = read_json_lines(log, cut_off=True)
-        kept = [line for line in lines if line.get("step", 0) <= self.step]
-        replace_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+        checkpoint.load_training_into(self.optimizer, self.metric_loss)
+
+    def _forget_later_steps(self) -> None:
+        """Cut the log where the checkpoint is; what comes after it is done and logged again."""
+        kept = read_log(self.run / LOG, self.step)
+        replace_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
         selected = load_selected(self.run)
@@ -425,7 +450,7 @@ class Trainer:
         )
 
     def _log(self, **values: Any) -> None:
-        append_json_line(self.run / "metrics.jsonl", {"step": self.step, **values})
+        append_json_line(self.run / LOG, {"step": self.step, **values})
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Callable[[int], None]]:
@@ -449,6 +474,13 @@ class Trainer:
                 progress.update(task, completed=step, rate=rate)
 
             yield advance
+
+
+def _alone(run: Path) -> AbstractContextManager[object]:
+    """While it lasts, no other process trains in the run's folder, which is made if need be."""
+    make_folder(run)
+    taken = f"{run} is being trained by another process: wait for it, or give another folder"
+    return locked(run / LOCK, taken)
 
 
 class GateStatistics:
@@ -580,7 +612,7 @@ def evaluate_run(
         changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
         if allow_partial:
             changed["allow_partial"] = True
-        own = _images_of(path)
+        own = read_images(path)
         # Nothing is selected: no class has to be held out for it.
         protocol = "paper" if own else config.protocol
         splits = open_splits(config.data.model_copy(update=changed), protocol)
@@ -607,17 +639,50 @@ def _method(path: Path, checkpoint: Checkpoint) -> str | None:
     return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
 
 
-def _images_of(path: Path) -> dict[str, Any] | None:
-    """images.json of a run, or of a checkpoint's run; None if there is none."""
+class _Images(BaseModel):
+    """images.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    digest: str
+    data: dict[str, Any]
+    learned_classes: list[str]
+
+
+def read_images(path: Path) -> dict[str, Any] | None:
+    """images.json of a run, or of a checkpoint's run; None if there is none.
+
+    Raises:
+        InputError: it is not what a run writes; the message names it.
+    """
     for folder in (path, path.parent.parent):
-        if (folder / IMAGES).exists():
-            return read_json(folder / IMAGES)
+        if (file := folder / IMAGES).exists():
+            values = read_json(file)
+            try:
+                _Images.model_validate(values)
+                values["data"]["name"]
+            except (ValidationError, KeyError):
+                raise InputError(f"{file} is not what abe writes: train a new run") from None
+            return values
     return None
+
+
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a step; the last one may be cut off.
+
+    Raises:
+        InputError: it cannot be read, or a line has no step; the message names it.
+    """
+    lines = read_json_lines(path, cut_off=True)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise InputError(f"{path}, line {number} has no step: correct or remove it")
+    return [line for line in lines if line["step"] <= step]
 
 
 def _require_same_images(path: Path, splits: Splits) -> None:
     """Raises InputError unless the images are those that the run at `path` learned and tested."""
-    own = _images_of(path)
+    own = read_images(path)
     if own is not None and own["digest"] != splits.digest:
         raise InputError(
             f"{splits.name}: images or classes were added, removed or renamed since {path} was "
