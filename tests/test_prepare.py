@@ -488,7 +488,11 @@ def test_arrow_is_left_no_threads_that_abort_the_end_of_a_process(birds, tmp_pat
     command = [sys.executable, "-c", textwrap.dedent(script), birds, tmp_path / "prepared"]
     # OpenBLAS, OpenMP: none of their threads either
     left = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert left.stdout == "0\n"
 

@@ -552,7 +552,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _fail(message: str) -> NoReturn:
     err.quiet = False
-    err.print(Text.assemble(("error: ", "bold red"), message))
+    where = f", rank {_RANK}" * (_RANK > 0)
+    err.print(Text.assemble((f"error{where}: ", "bold red"), message))
     sys.exit(2)
 
 

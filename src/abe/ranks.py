@@ -41,7 +41,7 @@ def share(count: int, part: Part) -> slice:
 
 
 class Ranks:
-    """This process among those of a run.
+    """The processes of a run, seen from this one.
 
     Args:
         device: "auto", "cpu" or "cuda": with several ranks on a machine each takes a GPU of its
@@ -81,7 +81,7 @@ class Ranks:
         Several ranks have it from the start.
         """
         from lightning_fabric import Fabric
-        from lightning_fabric.strategies import SingleDeviceStrategy
+        from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
         strategy = SingleDeviceStrategy(device=self.device)
         return Fabric(accelerator=self.device.type, devices=1, strategy=strategy)
@@ -99,11 +99,11 @@ class Ranks:
         ones: it would else be settled by the first step, and a resumed run would round otherwise
         than one that was not stopped.
         """
-        wrapped: nn.Module = self.fabric.setup(network)
-        if self.size > 1:
-            with self.connected():
+        with self.connected():
+            wrapped: nn.Module = self.fabric.setup(network)
+            if self.size > 1:
                 wrapped(images.to(self.device)).sum().backward()
-            network.zero_grad()
+                network.zero_grad()
         return wrapped
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
@@ -220,8 +220,8 @@ class Ranks:
             if not _is_lost_connection(error):
                 raise
             raise LostRankError(
-                f"rank {self.rank} of {self.size} has lost another one: it was ended, or did not "
-                f"answer in time; see what it said ({str(error).splitlines()[0]})"
+                f"rank {self.rank} of {self.size} has lost another one, which ended or did not "
+                f"answer in time: see what it said ({_reason(error)})"
             ) from None
 
 
@@ -236,7 +236,7 @@ def _launched() -> bool:
 def _join(device: str, timeout: float) -> Fabric:
     """The engine of one of several processes, connected with the others."""
     from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -254,8 +254,8 @@ def _join(device: str, timeout: float) -> Fabric:
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         if isinstance(error, distributed.DistError):
             raise LostRankError(
-                f"not all processes came within {timeout:g} seconds ({str(error).splitlines()[0]})"
-                ": see what the others say, or raise ranks_timeout"
+                f"not all processes came within {timeout:g} seconds ({_reason(error)}): see what "
+                "the others say, or raise ranks_timeout"
             ) from None
         raise InputError(
             f"{here} processes on each of {machines} machines cannot run on {kind}: {error}"
@@ -276,3 +276,9 @@ def _machines() -> int:
 def _is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because of the connection: gloo tells so by its text alone."""
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What a connection says of its end, without the place in the source of the library."""
+    line = str(error).splitlines()[0]
+    return line.partition("] ")[2] or line

@@ -108,7 +108,9 @@ class Trainer:
         self.run = run
         self.ranks = Ranks(config.device, config.ranks_timeout)
         self.device = self.ranks.device
-        self.console = (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
+        self.console = (
+            (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
+        )
         self.precision = choose_precision(config.precision, self.device)
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)

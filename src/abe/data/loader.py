@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """Images as they leave the loader."""
 
     images: Tensor
-    """uint8 RGB, (B, 3, H, W) in channels-last memory; of a part of the batch, those of the part."""
+    """uint8 RGB, (B, 3, H, W) in channels-last memory; of a part of the batch, the part's."""
     labels: Tensor
     """int64, (B,), of the whole batch."""
     indices: Tensor
