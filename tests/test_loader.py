@@ -45,7 +45,17 @@ def images(tmp_path):
     return image_folder(tmp_path)
 
 
-def train(images, *, start=0, stop=6, workers=0, seed=0, sampler=None, preprocessing=PREPROCESSING):
+def train(
+    images,
+    *,
+    start=0,
+    stop=6,
+    workers=0,
+    seed=0,
+    sampler=None,
+    preprocessing=PREPROCESSING,
+    part=(0, 1),
+):
     return training_batches(
         images,
         sampler or PairBatchSampler(images.labels, batch_size=8),
@@ -54,6 +64,7 @@ def train(images, *, start=0, stop=6, workers=0, seed=0, sampler=None, preproces
         start_step=start,
         stop_step=stop,
         workers=workers,
+        part=part,
     )
 
 
@@ -151,6 +162,23 @@ def test_no_step_is_left(images):
 
 
 # --- evaluation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_a_batch_are_its_images_and_all_its_labels(images, parts):
+    for step, whole in enumerate(train(images)):
+        own = [next(train(images, start=step, part=(r, parts))) for r in range(parts)]
+        assert torch.equal(torch.cat([batch.images for batch in own]), whole.images)
+        assert {len(batch.images) for batch in own} <= {8 // parts, -(-8 // parts)}
+        for batch in own:
+            assert torch.equal(batch.labels, whole.labels)
+            assert torch.equal(batch.indices, whole.indices)
+
+
+def test_parts_of_an_evaluation_are_its_batches(images):
+    whole = evaluation_batches(images, PREPROCESSING, batch_size=7)
+    parts = [evaluation_batches(images, PREPROCESSING, 7, part=(r, 3)) for r in range(3)]
+    assert_same(itertools.chain(*parts), whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -454,7 +454,7 @@ def test_raw_embeddings_reach_the_loss_that_wants_them(normalize: bool, tmp_path
     given = []
     trainer.metric_loss.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
     batch = next(iter(_batches(trainer)))
-    trainer._loss(batch)
+    trainer._loss(trainer._embed(batch.images), batch.labels)
     pixels = trainer.preprocessing.normalize(batch.images)
     expected = trainer.model.train()(pixels, normalize=normalize)
     assert torch.allclose(given[0], expected, rtol=1e-4, atol=1e-6)

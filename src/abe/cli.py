@@ -40,8 +40,10 @@ data_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(data_app)
-out = Console(**_PLAIN)
-err = Console(stderr=True, **_PLAIN)
+# Of processes that torchrun or SLURM started together only the first reports; see `abe.ranks`.
+_RANK = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+out = Console(**_PLAIN, quiet=_RANK > 0)
+err = Console(stderr=True, **_PLAIN, quiet=_RANK > 0)
 
 Overrides = Annotated[
     list[str] | None,
@@ -212,7 +214,8 @@ def train(
     record = trainer.fit()
     if record is None:
         raise typer.Exit(130)
-    append_record(file, record)
+    if _RANK == 0:
+        append_record(file, record)
     out.print(scores_table([record]))
     out.print(f"Run: {trainer.run}\nResult added to {file}")
 
@@ -236,7 +239,8 @@ def evaluate(
         raise InputError(f"{run}: there is no such run")
     file = _results_file(results, run)
     record = evaluate_run(run, data, root, allow_partial, device)
-    append_record(file, record)
+    if _RANK == 0:
+        append_record(file, record)
     out.print(scores_table([record]))
     out.print(f"Result added to {file}")
 
@@ -497,6 +501,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -504,7 +509,11 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if _RANK > 0 and context.invoked_subcommand not in ("train", "eval"):
+        raise InputError(
+            f"abe {context.invoked_subcommand} is one process: only `abe train` and `abe eval` are "
+            "started as several"
+        )
 
 
 def main() -> None:
@@ -542,7 +551,9 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-    err.print(Text.assemble(("error: ", "bold red"), message))
+    err.quiet = False
+    where = f", rank {_RANK}" * (_RANK > 0)
+    err.print(Text.assemble((f"error{where}: ", "bold red"), message))
     sys.exit(2)
 
 

@@ -142,6 +142,7 @@ class Config(_Section):
     protocol: Literal["val", "paper"] = "val"  # what picks the checkpoint, see docs/protocol.md
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    ranks_timeout: float = Field(60.0, gt=0)  # seconds a step waits for the slowest process
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -199,7 +200,7 @@ class Config(_Section):
     def portable(self) -> dict[str, Any]:
         """What decides a result, without what only says where and how fast it was computed."""
         values = self.to_json()
-        del values["device"]
+        del values["device"], values["ranks_timeout"]
         for key in ("root", "allow_partial", "workers", "cache"):
             del values["data"][key]
         values["data"]["source"] = PurePath(self.data.source).name

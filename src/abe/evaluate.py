@@ -21,6 +21,7 @@ from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
 from abe.metrics import KS, map_at_r, nmi, r_precision, recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
+from abe.ranks import Part, Ranks
 from abe.results import result_record
 from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
 from abe.start import start
@@ -30,7 +31,10 @@ Embedder = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> (B, M
 
 
 class Evaluation(NamedTuple):
-    """The result of a run on its N test images, and G gallery images if they have a gallery."""
+    """The result of a run on its N test images, and G gallery images if they have a gallery.
+
+    Of several ranks only the first has the embeddings; the others have none, (0, M, d).
+    """
 
     record: dict[str, Any]
     """See `abe.results.result_record`."""
@@ -50,23 +54,26 @@ def embed(
     precision: Precision = "fp32",
     batch_size: int = 64,
     workers: int = 0,
+    part: Part = (0, 1),
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Embed a whole data set by its centre crops; -> (N, M, d) in float32, on the CPU.
 
     `embedder` is a network in evaluation mode, or `raw_pixels`, or `pooled_features` of a network.
+    `part` (r, n) embeds part r of n of the batches, to the bit as the whole would have it; where
+    there are fewer batches than parts, some are (0, 0, 0).
     `on_progress` is told the number of images done.
     """
     embeddings: list[Tensor] = []
     done = 0
     pin_memory = device.type == "cuda"
-    for batch in evaluation_batches(images, preprocessing, batch_size, workers, pin_memory):
+    for batch in evaluation_batches(images, preprocessing, batch_size, workers, pin_memory, part):
         pixels = preprocessing.normalize(batch.images.to(device, non_blocking=True))
         with autocast(device, precision):
             embeddings.append(embedder(pixels).float().cpu())
         done += len(batch.labels)
         on_progress(done)
-    return torch.cat(embeddings)
+    return torch.cat(embeddings) if embeddings else torch.empty(0, 0, 0)
 
 
 def evaluate_test(
@@ -79,8 +86,11 @@ def evaluate_test(
     weights: dict[str, str] | None = None,
     method: str | None = None,
     facts: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Embed and score the test images of a run, against their gallery or among themselves.
+
+    Each rank embeds its share of them, and the first one scores.
 
     Args:
         embedder: as in `embed`.
@@ -91,27 +101,33 @@ def evaluate_test(
         weights: origin of the pretrained start.
         method: name of an embedder that is no trained network.
         facts: what the record says of the data, if not `splits.describe()`.
+        ranks: the processes that take part, and the device, if not as `config` says.
     """
-    device = choose_device(config.device)
+    ranks = ranks or Ranks(config.device, config.ranks_timeout)
+    device = ranks.device
     precision = choose_precision(config.precision, device)
 
     def embedded(images: LabelledImages) -> Tensor:
-        return embed(
-            embedder,
-            images,
-            preprocessing,
-            device=device,
-            precision=precision,
-            workers=config.data.workers,
+        return ranks.collect(
+            embed(
+                embedder,
+                images,
+                preprocessing,
+                device=device,
+                precision=precision,
+                workers=config.data.workers,
+                part=ranks.part,
+            )
         )
 
     embeddings = embedded(splits.test)
+    gallery = None if splits.gallery is None else embedded(splits.gallery)
+    if not ranks.first:
+        return Evaluation(ranks.from_first(None), embeddings, gallery)
     if splits.gallery is None:
-        gallery = gallery_labels = None
-        candidates = len(splits.test) - 1
+        gallery_labels, candidates = None, len(splits.test) - 1
     else:
-        gallery, gallery_labels = embedded(splits.gallery), splits.gallery.labels
-        candidates = len(gallery)
+        gallery_labels, candidates = splits.gallery.labels, len(splits.gallery)
     ks = [k for k in splits.ks if k <= candidates]
     record = result_record(
         config,
@@ -120,10 +136,10 @@ def evaluate_test(
         data=facts or splits.describe(),
         images_digest=splits.digest,
         weights=weights,
-        environment=environment(device) | {"precision": precision},
+        environment=environment(device) | {"precision": precision, "ranks": ranks.size},
         method=method,
     )
-    return Evaluation(record, embeddings, gallery)
+    return Evaluation(ranks.from_first(record), embeddings, gallery)
 
 
 def evaluate_baselines(config: Config, splits: Splits) -> dict[str, Evaluation]:

@@ -2,6 +2,11 @@
 
 What step t does is a function of the weights, the configuration and t alone (the samplers and the
 augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
+
+Several processes (see `abe.ranks`) train one network: each knows the whole batch of a step and
+embeds its share of it, each takes the loss of all B embeddings, and the gradients of their shares
+are summed. That is the loss and the gradient of one process, apart from rounding. The first rank
+alone writes and reports.
 """
 
 from __future__ import annotations
@@ -46,12 +51,12 @@ from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
+from abe.ranks import LostRankError, Ranks, share
 from abe.results import method_name, write_result
 from abe.runtime import (
     StopSignal,
     append_json_line,
     autocast,
-    choose_device,
     choose_precision,
     environment,
     flush,
@@ -82,14 +87,13 @@ class Trainer:
 
     Args:
         config: the run.
-        run: its folder; made if it does not exist.
+        run: its folder; made if it does not exist. Several machines have to share it.
         console: where to report.
-
         checkpoint: of the same run, to go on from; see `resume`.
 
     Raises:
         InputError: whatever in the configuration, the data or the weights cannot be used; or the
-            folder holds a run already.
+            folder holds a run already; or several processes cannot work on it together.
     """
 
     def __init__(
@@ -100,9 +104,6 @@ class Trainer:
         *,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        if (run / LOCK).exists():
-            with _alone(run):
-                pass  # who is too late is told before images are read
         if checkpoint is None and checkpoints(run):
             raise InputError(
                 f"{run} holds a run already: go on with `{resume_command(run)}`, "
@@ -114,18 +115,39 @@ class Trainer:
             )
         self.config = config.anchored()
         self.run = run
-        self.console = console or Console(stderr=True)
-        self.device = choose_device(config.device)
+        self.ranks = Ranks(config.device, config.ranks_timeout)
+        if self.ranks.first and (run / LOCK).exists():
+            with _alone(run):
+                pass  # who is too late is told before images are read
+        self.device = self.ranks.device
+        self.console = (
+            (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
+        )
         self.precision = choose_precision(config.precision, self.device)
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)
-        self.splits: Splits = open_splits(config.data, config.protocol, self.console)
+        _require_no_batch_statistics(self.start.model, self.ranks)
+        self.splits: Splits = open_splits(
+            config.data, config.protocol, self.console, check=self.ranks.first_here
+        )
         if checkpoint is not None:
             _require_same_images(run, self.splits)
+        self.ranks.require_same(
+            settings=config.digest,
+            precision=self.precision,
+            images=self.splits.digest,
+            checkpoint=checkpoint and checkpoint.step,
+        )
         self.config = self._with_batches_that_fit()
         self.sampler = _sampler(self.config, self.splits.train.labels)
+        if self.sampler.batch_size < self.ranks.size:
+            raise InputError(
+                f"train.batch_size={self.sampler.batch_size} has no image for each of "
+                f"{self.ranks.size} processes: raise it, or start fewer"
+            )
 
         self.model = self.start.model.to(self.device)
+        self.network = self.ranks.wrap(self.model, torch.zeros(1, 3, *2 * [config.data.crop]))
         self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
         self.optimizer = _optimizer(
@@ -170,8 +192,10 @@ class Trainer:
                 the batch's files; a file of the run cannot be written; or another process trains
                 it, or has gone on with it since this trainer was made.
         """
-        with _alone(self.run):
-            set_aside_newer(self.run, None if self.best is None else self.step)
+        with _alone(self.run) if self.ranks.first else contextlib.nullcontext():
+            if self.ranks.first:
+                set_aside_newer(self.run, None if self.best is None else self.step)
+            self.ranks.wait()
             return self._fit(go_on or resume_command(self.run))
 
     def _fit(self, go_on: str) -> dict[str, Any] | None:
@@ -188,6 +212,9 @@ class Trainer:
                 where = "the training is complete" if done else "the last checkpoint stands"
                 self._say(f"Stopped, {where}. To go on: {go_on}")
             raise
+        except LostRankError as error:
+            where = f"to go on: {go_on}" if checkpoints(self.run) else "nothing is saved"
+            raise InputError(f"{error}; {where}") from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -217,20 +244,22 @@ class Trainer:
                 stop_step=self.config.train.steps,
                 workers=self.config.data.workers,
                 pin_memory=self.device.type == "cuda",
+                part=self.ranks.part,
             ):
                 self.train_step(batch)
                 advance(self.step)
+                stopped = self.ranks.any(stop.received is not None)
                 if (
                     self.step == self.config.train.steps
                     or self.step % self.config.train.eval_every == 0
                 ):
                     self._evaluate_and_save()
-                elif stop.received:
+                elif stopped:
                     self._save()
-                if stop.received:
+                if stopped:
                     self._say(
-                        f"Stopped by {stop.received} after step {self.step}, saved. "
-                        f"To go on: {go_on}"
+                        f"Stopped by {stop.received or 'a signal to another rank'} after step "
+                        f"{self.step}, saved. To go on: {go_on}"
                     )
                     return False
         return True
@@ -238,24 +267,30 @@ class Trainer:
     def train_step(self, batch: Batch) -> EnsembleLoss:
         """One step of the optimiser on Eq. 8; the learning rate is the schedule's at this step.
 
+        Args:
+            batch: with this rank's share of the images, and the labels of all.
+
         Raises:
-            InputError: the loss is not finite.
+            InputError: the loss or the gradient is not finite.
         """
         train = self.config.train
         started = time.perf_counter()
-        logged = self.step % train.log_every == 0
+        logged = self.ranks.first and self.step % train.log_every == 0
         self.model.train()
         gates = GateStatistics(self.model) if logged else None
         seed_step(self.config.seed, self.step)
-        loss, embeddings = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        own = self._embed(batch.images)  # (B / N, M, d)
+        raw = self.ranks.gather(own, len(batch.labels)).requires_grad_()  # (B, M, d)
+        loss, embeddings = self._loss(raw, batch.labels)
         if not math.isfinite(loss.total.item()):
             self._refuse(f"the loss is {loss.total.item()}", batch)
 
         factor = lr_factor(self.step, train)
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * factor
-        self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
+        self._backward(own, raw)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, train.clip_norm or math.inf)
         if not math.isfinite(grad_norm.item()):
@@ -277,17 +312,28 @@ class Trainer:
             )
         return loss
 
-    def _loss(self, batch: Batch) -> tuple[EnsembleLoss, Tensor]:
-        """Eq. 8 on a batch; -> the loss, and the unit embeddings (B, M, d) that it is taken of."""
-        train = self.config.train
-        pixels = self.preprocessing.normalize(batch.images.to(self.device, non_blocking=True))
+    def _embed(self, images: Tensor) -> Tensor:
+        """The linear layer's output for uint8 images of this rank; (n, 3, H, W) -> (n, M, d)."""
+        pixels = self.preprocessing.normalize(images.to(self.device, non_blocking=True))
         with autocast(self.device, self.precision):
-            raw = self.model(pixels, normalize=False)  # (B, M, d)
+            return self.network(pixels, normalize=False)
+
+    def _loss(self, raw: Tensor, labels: Tensor) -> tuple[EnsembleLoss, Tensor]:
+        """Eq. 8 on the whole batch.
+
+        Args:
+            raw: (B, M, d), as the linear layer gives them.
+            labels: (B,).
+
+        Returns:
+            The loss, and the unit embeddings (B, M, d) that it is taken of.
+        """
+        train = self.config.train
         embeddings = F.normalize(raw, dim=-1)
         warm_up = _warm_up(self.step, train.divergence_warmup)
         loss = ensemble_loss(
             embeddings,
-            batch.labels.to(self.device),
+            labels.to(self.device),
             metric_loss=self._applied_metric_loss(raw),
             margin=train.margin,
             normalization=train.normalization,
@@ -296,6 +342,21 @@ class Trainer:
             divergence_normalization=train.divergence_normalization,
         )
         return loss, embeddings
+
+    def _backward(self, own: Tensor, raw: Tensor) -> None:
+        """From the loss's gradient of all embeddings to that of the weights, on every rank.
+
+        Args:
+            own: (B / N, M, d), this rank's embeddings with their graph.
+            raw: (B, M, d), those of all, with the gradient of the loss.
+        """
+        assert raw.grad is not None
+        gradient = raw.grad[share(len(raw), self.ranks.part)]
+        with self.ranks.connected():
+            # The wrapped network takes the mean over the ranks; the batch's gradient is the sum.
+            own.backward(gradient * self.ranks.size)
+        if self.metric_loss is not None:
+            self.ranks.take_gradients(self.metric_loss.parameters())
 
     def _metric_loss(self) -> tuple[nn.Module | None, Tensor]:
         """The loss in place of Eq. 10, if any, and label -> class index among those trained on."""
@@ -336,6 +397,8 @@ class Trainer:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _begin(self) -> None:
+        if not self.ranks.first:
+            return
         if self.best is None:  # the log may be of an attempt that was killed before it saved
             (self.run / LOG).unlink(missing_ok=True)
             write_json(
@@ -353,6 +416,7 @@ class Trainer:
         self.console.print(self.start.report, markup=False, highlight=False)
         details = environment(self.device) | {
             "precision": self.precision,
+            "ranks": self.ranks.size,
             "data": self.splits.describe(),
             "weights": self.start.origin,
         }
@@ -375,13 +439,16 @@ class Trainer:
 
     def _selection_recall(self) -> float:
         def embedded(images: LabelledImages) -> Tensor:
-            embeddings = embed(
-                self.model.eval(),
-                images,
-                self.preprocessing,
-                device=self.device,
-                precision=self.precision,
-                workers=self.config.data.workers,
+            embeddings = self.ranks.collect(
+                embed(
+                    self.model.eval(),
+                    images,
+                    self.preprocessing,
+                    device=self.device,
+                    precision=self.precision,
+                    workers=self.config.data.workers,
+                    part=self.ranks.part,
+                )
             )
             if not embeddings.isfinite().all():
                 raise InputError(
@@ -392,10 +459,19 @@ class Trainer:
             return concat(embeddings)
 
         select, gallery = self.splits.select, self.splits.select_gallery
+        query = embedded(select)
         against = () if gallery is None else (embedded(gallery), gallery.labels)
-        return recall_at_k(embedded(select), select.labels, [1], *against)[1]
+        recall = None
+        if self.ranks.first:
+            recall = recall_at_k(query, select.labels, [1], *against)[1]
+        return float(self.ranks.from_first(recall))
 
     def _save(self) -> None:
+        if self.ranks.first:
+            self._write_checkpoint()
+        self.ranks.wait()
+
+    def _write_checkpoint(self) -> None:
         for path in (self.run / LOG, self.run):  # after a power cut, it has the checkpoint's steps
             flush(path)
         save_checkpoint(
@@ -429,6 +505,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         selected = load_selected(self.run)
+        self.ranks.require_same(checkpoint=selected.step)
         count = len(self.splits.test)
         self.console.print(f"Scoring {count} test images with step {selected.step} ...")
         evaluation = evaluate_test(
@@ -438,8 +515,10 @@ class Trainer:
             self.preprocessing,
             best=self.best,
             weights=self.start.origin,
+            ranks=self.ranks,
         )
-        write_result(self.run, *evaluation)
+        if self.ranks.first:
+            write_result(self.run, *evaluation)
         return evaluation.record
 
     def _refuse(self, problem: str, batch: Batch) -> None:
@@ -450,7 +529,8 @@ class Trainer:
         )
 
     def _log(self, **values: Any) -> None:
-        append_json_line(self.run / LOG, {"step": self.step, **values})
+        if self.ranks.first:
+            append_json_line(self.run / LOG, {"step": self.step, **values})
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Callable[[int], None]]:
@@ -576,6 +656,15 @@ def _learner_cosine(embeddings: Tensor) -> float | None:
     return between.item() / (num_learners * (num_learners - 1))
 
 
+def _require_no_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Raises InputError for a network with batch norm on several ranks."""
+    if ranks.size > 1 and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
+        raise InputError(
+            "this backbone has batch norm, whose statistics would be those of each process's part "
+            "of a batch: use model.backbone=googlenet, or a single process"
+        )
+
+
 def _on_device(config: Config, device: str | None) -> Config:
     return config if device is None else config.model_copy(update={"device": device})
 
@@ -605,9 +694,10 @@ def evaluate_run(
     """
     checkpoint = load_selected(path)
     config = _on_device(checkpoint.config, device)
-    model = checkpoint.build_model().to(choose_device(config.device))
+    ranks = Ranks(config.device, config.ranks_timeout)
+    model = checkpoint.build_model().to(ranks.device)
     if data is None and root is None:
-        splits, facts = _open_own_images(path, config), None
+        splits, facts = _open_own_images(path, config, ranks), None
     else:
         changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
         if allow_partial:
@@ -615,8 +705,11 @@ def evaluate_run(
         own = read_images(path)
         # Nothing is selected: no class has to be held out for it.
         protocol = "paper" if own else config.protocol
-        splits = open_splits(config.data.model_copy(update=changed), protocol)
+        splits = open_splits(
+            config.data.model_copy(update=changed), protocol, check=ranks.first_here
+        )
         facts = _facts_of_other_images(splits, own)
+    ranks.require_same(checkpoint=checkpoint.step, images=splits.digest)
     return evaluate_test(
         model,
         config,
@@ -626,6 +719,7 @@ def evaluate_run(
         weights=checkpoint.weights,
         method=_method(path, checkpoint),
         facts=facts,
+        ranks=ranks,
     ).record
 
 
@@ -691,9 +785,9 @@ def _require_same_images(path: Path, splits: Splits) -> None:
         )
 
 
-def _open_own_images(path: Path, config: Config) -> Splits:
+def _open_own_images(path: Path, config: Config, ranks: Ranks) -> Splits:
     try:
-        splits = open_splits(config.data, config.protocol)
+        splits = open_splits(config.data, config.protocol, check=ranks.first_here)
         _require_same_images(path, splits)
     except InputError as error:
         raise InputError(

@@ -21,17 +21,18 @@ from torch.utils.data import DataLoader, Dataset
 from abe.data.datasets import LabelledImages, check_images
 from abe.data.transforms import Preprocessing, center_crop, pad_to_square, random_crop_and_flip
 from abe.errors import InputError
+from abe.ranks import Part, share
 
 
 class Batch(NamedTuple):
     """Images as they leave the loader."""
 
     images: Tensor
-    """uint8 RGB, (B, 3, H, W) in channels-last memory."""
+    """uint8 RGB, (B, 3, H, W) in channels-last memory; of a part of the batch, the part's."""
     labels: Tensor
-    """int64, (B,)."""
+    """int64, (B,), of the whole batch."""
     indices: Tensor
-    """int64, (B,): where in the data set."""
+    """int64, (B,), of the whole batch: where in the data set."""
 
 
 class BatchSampler(Protocol):
@@ -61,19 +62,22 @@ def training_batches(
     stop_step: int,
     workers: int = 0,
     pin_memory: bool = False,
+    part: Part = (0, 1),
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to `stop_step - 1`, randomly cropped and flipped.
 
     The crop of an image depends on the seed, the step and its place in the batch alone, so neither
-    the number of workers nor the step that a run is resumed from changes a pixel. Workers are two
-    batches each ahead; `pin_memory` puts those where a CUDA device can fetch them by itself.
+    the number of workers nor the step that a run is resumed from changes a pixel, nor how many
+    processes share a batch: one of them gives its `part`, and loads the images of that alone.
+    Workers are two batches each ahead; `pin_memory` puts those where a CUDA device can fetch them
+    by itself.
 
     Raises:
         InputError: an image cannot be read.
         MemoryError: there is too little memory for one.
         OSError: one cannot be read now, because of the disk, say.
     """
-    batches = _Batches(images.labels, _padded(images), sampler, preprocessing, seed)
+    batches = _Batches(images.labels, _padded(images), sampler, preprocessing, seed, part)
     return _load(batches, range(start_step, stop_step), workers, pin_memory)
 
 
@@ -83,8 +87,11 @@ def evaluation_batches(
     batch_size: int = 64,
     workers: int = 0,
     pin_memory: bool = False,
+    part: Part = (0, 1),
 ) -> Iterator[Batch]:
     """All images in order by their centre crops; the last batch may be smaller.
+
+    Given a `part`, its share of the batches: the same ones that a single process has.
 
     Raises:
         InputError: an image cannot be read.
@@ -93,7 +100,8 @@ def evaluation_batches(
     """
     sampler = _InOrder(len(images), batch_size)
     batches = _Batches(images.labels, _padded(images), sampler, preprocessing)
-    return _load(batches, range(-(-len(images) // batch_size)), workers, pin_memory)
+    count = -(-len(images) // batch_size)
+    return _load(batches, range(count)[share(count, part)], workers, pin_memory)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,14 +215,16 @@ class _Batches(Dataset["Batch | Exception"]):
     sampler: BatchSampler
     preprocessing: Preprocessing
     seed: int | None = None
+    part: Part = (0, 1)
 
     def __getitem__(self, step: int) -> Batch | Exception:
         indices = self.sampler.batch(step)
+        places = range(len(indices))[share(len(indices), self.part)]
         crop = self.preprocessing.crop
-        images = np.empty((len(indices), crop, crop, 3), np.uint8)
+        images = np.empty((len(places), crop, crop, 3), np.uint8)
         try:
-            for place, index in enumerate(indices):
-                images[place] = self._crop(int(index), step, place)
+            for row, place in enumerate(places):
+                images[row] = self._crop(int(indices[place]), step, place)
         except (InputError, MemoryError, OSError) as error:
             return error
         return Batch(

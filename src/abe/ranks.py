@@ -1,0 +1,284 @@
+"""Processes that work on one run together, each with a device of its own: ranks 0 to N - 1.
+
+torchrun, `fabric run` or SLURM's srun start them; a process that is started by itself is rank 0 of
+1 and sends nothing. lightning-fabric joins them and wraps the network. docs/scaling.md has the
+commands, and what is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from abe.errors import InputError
+from abe.runtime import choose_device
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Part = tuple[int, int]
+"""(r, n): part r of n."""
+WAIT = timedelta(days=1)  # for what one rank does alone: reading all images, scoring, saving
+
+
+class LostRankError(InputError):
+    """Another rank ended, or does not answer."""
+
+
+def share(count: int, part: Part) -> slice:
+    """Which of `count` rows are part r of n: parts are contiguous, their sizes differ by one."""
+    index, parts = part
+    return slice(index * count // parts, (index + 1) * count // parts)
+
+
+class Ranks:
+    """The processes of a run, seen from this one.
+
+    Args:
+        device: "auto", "cpu" or "cuda": with several ranks on a machine each takes a GPU of its
+            own. A process by itself takes what `choose_device` does.
+        timeout: seconds that a rank waits in a step for the slowest other one.
+
+    Attributes:
+        rank: of this process; rank 0 alone writes and reports.
+        size: N, the number of ranks.
+        device: of this process.
+        first: whether this is rank 0.
+        first_here: whether this is the first rank of its machine.
+
+    Raises:
+        InputError: the device cannot be used so, or how the processes were started does not fit.
+        LostRankError: not all of them came.
+    """
+
+    def __init__(self, device: str = "auto", timeout: float = 60.0) -> None:
+        self._waiting: distributed.ProcessGroup | None = None
+        if not _launched():
+            self.rank, self.size, self.first_here = 0, 1, True
+            self.device = choose_device(device)
+        else:
+            self.fabric = _join(device, timeout)
+            self.rank, self.size = self.fabric.global_rank, self.fabric.world_size
+            self.first_here = self.fabric.local_rank == 0
+            self.device = self.fabric.device
+            with self.connected():
+                self._waiting = distributed.new_group(backend="gloo", timeout=WAIT)
+        self.first = self.rank == 0
+
+    @cached_property
+    def fabric(self) -> Fabric:
+        """The engine. It takes seconds to import, and only training needs it in a single process.
+
+        Several ranks have it from the start.
+        """
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.single_device import SingleDeviceStrategy
+
+        strategy = SingleDeviceStrategy(device=self.device)
+        return Fabric(accelerator=self.device.type, devices=1, strategy=strategy)
+
+    @property
+    def part(self) -> Part:
+        """(rank, size), as the loader and `share` take it."""
+        return self.rank, self.size
+
+    def wrap(self, network: nn.Module, images: Tensor) -> nn.Module:
+        """The network whose backward pass leaves on every rank the mean of all ranks' gradients.
+
+        Its weights are the same tensors. They are sent in buckets while the pass goes on; that
+        they arrive in the order in which they are sent is settled by a pass over `images`, any
+        ones: it would else be settled by the first step, and a resumed run would round otherwise
+        than one that was not stopped.
+        """
+        with self.connected():
+            wrapped: nn.Module = self.fabric.setup(network)
+            if self.size > 1:
+                wrapped(images.to(self.device)).sum().backward()
+                network.zero_grad()
+        return wrapped
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """The rows of all ranks in order, without their graph; (own, ...) -> (count, ...).
+
+        Args:
+            rows: this rank's `share` of them.
+            count: how many they are together.
+        """
+        rows = rows.detach()
+        if self.size == 1:
+            return rows
+        most = -(-count // self.size)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = rows.new_empty(self.size * most, *rows.shape[1:])
+        with self.connected():
+            distributed.all_gather_single(gathered, padded)
+        parts = [share(count, (rank, self.size)) for rank in range(self.size)]
+        return torch.cat(
+            [
+                own[: part.stop - part.start]
+                for own, part in zip(gathered.split(most), parts, strict=True)
+            ]
+        )
+
+    def take_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every rank the first one's gradients, where all have computed the same ones."""
+        if self.size == 1:
+            return
+        with self.connected():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    distributed.broadcast(parameter.grad, 0)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        with self.connected():
+            distributed.all_reduce(flags)
+            return flags.item() > 0
+
+    def wait(self) -> None:
+        """Go on when all ranks are here, however long one takes."""
+        if self.size > 1:
+            with self.connected():
+                distributed.barrier(self._waiting)
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks in order, on the first; none on the others.
+
+        Waits however long one takes. Only the first rank needs memory for all of them.
+
+        Args:
+            rows: (own, ...), on the CPU; who has none may leave the sizes behind it 0.
+        """
+        if self.size == 1:
+            return rows
+        shapes = torch.zeros(self.size, rows.ndim, dtype=torch.int64)
+        with self.connected():
+            distributed.all_gather_single(shapes, torch.tensor([rows.shape]), self._waiting)
+            sizes = shapes.amax(0)[1:].tolist()
+            if not self.first:
+                if len(rows):
+                    distributed.send(rows.contiguous(), 0, self._waiting)
+                return rows.new_empty(0, *sizes)
+            counts = shapes[:, 0].tolist()
+            collected = rows.new_empty(sum(counts), *sizes)
+            own, *others = collected.split(counts)
+            own.copy_(rows.view(own.shape))
+            for rank, part in enumerate(others, start=1):
+                if len(part):
+                    distributed.recv(part, rank, self._waiting)
+        return collected
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, on every rank; what JSON can say. Waits however long it takes."""
+        if self.size == 1:
+            return value
+        text = bytearray(json.dumps(value).encode())
+        length = torch.tensor(len(text))
+        with self.connected():
+            distributed.broadcast(length, 0, self._waiting)
+            told = torch.frombuffer(text, dtype=torch.uint8) if self.first else None
+            sent = torch.empty(int(length), dtype=torch.uint8) if told is None else told
+            distributed.broadcast(sent, 0, self._waiting)
+        return json.loads(sent.numpy().tobytes())
+
+    def require_same(self, **values: Any) -> None:
+        """Make sure that all ranks were started alike and see the same files.
+
+        Raises:
+            InputError: this rank has another value than the first; the message names it.
+        """
+        for name, expected in self.from_first(values).items():
+            if values[name] != expected:
+                raise InputError(
+                    f"rank {self.rank} has {name} {values[name]}, rank 0 has {expected}: give all "
+                    "machines the same command, the same images, and one run folder that they share"
+                )
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """What other ranks are needed for.
+
+        Raises:
+            LostRankError: one ended, or did not answer in time.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_lost_connection(error):
+                raise
+            raise LostRankError(
+                f"rank {self.rank} of {self.size} has lost another one, which ended or did not "
+                f"answer in time: see what it said ({_reason(error)})"
+            ) from None
+
+
+def _launched() -> bool:
+    """Whether a launcher started this process; in a shell that SLURM gave there is none."""
+    return distributed.is_torchelastic_launched() or (
+        "SLURM_NTASKS" in os.environ
+        and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    )
+
+
+def _join(device: str, timeout: float) -> Fabric:
+    """The engine of one of several processes, connected with the others."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    kind = choose_device().type if device == "auto" else device
+    if kind not in ("cpu", "cuda"):
+        raise InputError(
+            f"device={device}: several processes take auto, cpu or cuda, and each a GPU of its own"
+        )
+    here, machines = _processes_here(), _machines()
+    strategy = DDPStrategy(timeout=timedelta(seconds=timeout), gradient_as_bucket_view=True)
+    try:
+        fabric = Fabric(accelerator=kind, devices=here, num_nodes=machines, strategy=strategy)
+        if "LT_CLI_USED" not in os.environ:  # `fabric run` has it launched by now
+            fabric.launch()
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        if isinstance(error, distributed.DistError):
+            raise LostRankError(
+                f"not all processes came within {timeout:g} seconds ({_reason(error)}): see what "
+                "the others say, or raise ranks_timeout"
+            ) from None
+        raise InputError(
+            f"{here} processes on each of {machines} machines cannot run on {kind}: {error}"
+        ) from None
+    return fabric
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+
+
+def _machines() -> int:
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NNODES", 1))
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because of the connection: gloo tells so by its text alone."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What a connection says of its end, without the place in the source of the library."""
+    line = str(error).splitlines()[0]
+    return line.partition("] ")[2] or line

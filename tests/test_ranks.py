@@ -1,0 +1,440 @@
+"""Several processes that train one network: equal to one process, however they were started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from abe.checkpoint import checkpoints
+from abe.config import Config, DataConfig, ModelConfig, TrainConfig
+from abe.errors import InputError
+from abe.ranks import Ranks, share
+from abe.runtime import read_json, read_json_lines
+from abe.train import Trainer, evaluate_run
+
+SILENT = Console(quiet=True)
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+
+TINY = Config(
+    device="cpu",
+    precision="fp32",
+    model=ModelConfig(num_learners=2, embedding_dim=8),
+    data=DataConfig(resize=40, crop=32, synthetic_classes=16, synthetic_images=9, val_classes=0.4),
+    train=TrainConfig(
+        steps=3,
+        sampler="classes",
+        batch_size=8,
+        normalization="balanced",
+        lr=0.01,
+        eval_every=2,
+        log_every=1,
+    ),
+)
+
+PROGRAM = """
+import os
+os.environ.update(environment)
+import json, signal
+from pathlib import Path
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from abe.config import Config
+from abe.data.loader import training_batches
+from abe.errors import InputError
+from abe.model import AttentionEnsemble
+from abe.train import Trainer, evaluate_run
+torch.set_num_threads(1)
+silent, run = Console(quiet=True), Path(folder)
+run.mkdir(exist_ok=True)
+rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+config = Config.from_json(json.loads(settings))
+"""
+TRAIN = """
+trainer = Trainer(config, run, silent)
+trainer.fit()
+"""
+RESUME = """
+Trainer.resume(run, silent).fit()
+"""
+SIGNALLED = """
+step = Trainer.train_step
+def step_and_signal(trainer, batch):
+    step(trainer, batch)
+    if trainer.step == 1 and rank == 1:
+        os.kill(os.getpid(), signal.Signals[name])
+Trainer.train_step = step_and_signal
+try:
+    assert Trainer(config, run, silent).fit() is None
+except InputError as error:
+    Path(f"{folder} {rank}.txt").write_text(str(error))
+"""
+
+
+def environment_of(launcher: str, rank: int, size: int, port: int) -> dict[str, str]:
+    """What a launcher sets for each process, on one machine."""
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    if launcher == "srun":
+        return store | {
+            "SLURM_JOB_NAME": "abe",
+            "SLURM_NTASKS": str(size),
+            "SLURM_NTASKS_PER_NODE": str(size),
+            "SLURM_NNODES": "1",
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NODEID": "0",
+        }
+    fabric_run = {"LT_CLI_USED": "1", "LT_DEVICES": str(size), "LT_NUM_NODES": "1"}
+    return (
+        (fabric_run if launcher == "fabric run" else {})
+        | store
+        | {
+            "TORCHELASTIC_RUN_ID": "none",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "GROUP_RANK": "0",
+        }
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def on_ranks(
+    size: int,
+    program: str,
+    folder: Path,
+    config: Config = TINY,
+    *,
+    launcher: str = "torchrun",
+    started: int | None = None,
+    **values: Any,
+) -> list[int | None]:
+    """Exit codes of `size` processes that run a program; 1 of them is started by itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["abe.train", "lightning_fabric", "sklearn.cluster"])
+    port = free_port()
+    processes = []
+    for rank in range(size if started is None else started):
+        environment = environment_of(launcher, rank, size, port) if size > 1 else {}
+        known = {
+            "environment": environment,
+            "folder": str(folder),
+            "settings": json.dumps(config.to_json()),
+            **values,
+        }
+        processes.append(context.Process(target=exec, args=(PROGRAM + program, known)))
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 120
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoints(run)[-1]
+    return load_file(newest / "model.safetensors") | load_file(newest / "training.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+# --- Equal to one process ----------------------------------------------------------------------
+
+IN_FLOAT64 = """
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+forward = AttentionEnsemble.forward
+AttentionEnsemble.forward = lambda model, images, **told: forward(model, images.double(), **told)
+trainer = Trainer(config, run, silent)
+found = {}
+for batch in training_batches(
+    trainer.splits.train, trainer.sampler, trainer.preprocessing,
+    seed=0, start_step=0, stop_step=2, part=trainer.ranks.part,
+):
+    found[f"loss {trainer.step}"] = trainer.train_step(batch).total.detach()
+    for i, group in enumerate(trainer.optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            found[f"gradient {trainer.step} {i} {j}"] = parameter.grad.contiguous()
+            found[f"weight {trainer.step} {i} {j}"] = parameter.detach().contiguous()
+    found = {name: tensor.clone() for name, tensor in found.items()}
+save_file(found, f"{folder} {rank}.safetensors")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.sampler=pairs", "train.normalization=per_image"],
+        ["train.metric_loss=ProxyAnchorLoss()", "train.clip_norm=1"],
+    ],
+    ids=["pairs", "classes and proxies"],
+)
+def test_ranks_compute_what_one_process_does(overrides: list[str], tmp_path: Path) -> None:
+    """Each loss, gradient and weight of two steps; 8 images on 3 ranks are 2, 3 and 3."""
+    small = ["data.synthetic_classes=8", "data.synthetic_images=4", "data.val_classes=0.5"]
+    config = TINY.with_overrides([*small, "train.log_every=9", *overrides])
+    for size in (1, 2, 3):
+        assert on_ranks(size, IN_FLOAT64, tmp_path / str(size), config) == [0] * size
+    expected = load_file(tmp_path / "1 0.safetensors")
+    assert all(tensor.dtype == torch.float64 for tensor in expected.values())
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in expected.items() if "grad" in name)
+    for size in (2, 3):
+        for rank in range(size):
+            found = load_file(tmp_path / f"{size} {rank}.safetensors")
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    assert Trainer(TINY, run, SILENT).fit() is not None
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "size"), [("torchrun", 3), ("fabric run", 2), ("srun", 2)], ids=str
+)
+def test_ranks_score_exactly_as_one_process_does(
+    launcher: str, size: int, alone: Path, tmp_path: Path
+) -> None:
+    """72 test images are 2 batches, so that of 3 ranks one has nothing to embed."""
+    score = "Path(output, str(rank)).write_text(json.dumps(evaluate_run(run)))"
+    codes = on_ranks(size, score, alone, launcher=launcher, output=str(tmp_path))
+    assert codes == [0] * size
+    expected = evaluate_run(alone)
+    for rank in range(size):
+        record = json.loads((tmp_path / str(rank)).read_text())
+        assert record["scores"] == expected["scores"]
+        assert record["environment"]["ranks"] == size
+
+
+# --- The command -------------------------------------------------------------------------------
+
+
+def command(run: Path, config: Config, *options: str) -> list[str]:
+    """`abe train` under torchrun."""
+    settings = [f"--set={key}" for key in flat(config.to_json())]
+    return [str(TORCHRUN), *options, "-m", "--", "abe.cli", "train", "--run", str(run), *settings]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[str]:
+    items = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            items += flat(value, f"{prefix}{key}.")
+        else:
+            items.append(f"{prefix}{key}={json.dumps(value)}")
+    return items
+
+
+@pytest.mark.slow
+def test_torchrun_trains_what_one_process_trains(alone: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path / "two", TINY, "--nproc-per-node=2", f"--master-port={free_port()}"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Result added to") == done.stderr.count("Scoring 72 test images") == 1
+    assert "warning" not in done.stderr
+    assert len(read_json_lines(tmp_path / "runs.jsonl")) == 1
+    result, expected = (read_json(run / "result.json") for run in (tmp_path / "two", alone))
+    assert result["scores"]["ensemble"] == pytest.approx(expected["scores"]["ensemble"], abs=0.03)
+    assert result["config_digest"] == expected["config_digest"]
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(alone), rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them, 10.213.77.1 and 10.213.77.2."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    names = (f"abe{os.getpid()}a", f"abe{os.getpid()}b")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip(
+            "link",
+            "add",
+            "abe0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "abe0",
+            "netns",
+            names[1],
+        )
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "address", "add", f"10.213.77.{number}/30", "dev", "abe0")
+            for link in ("lo", "abe0"):
+                ip("-n", name, "link", "set", link, "up")
+        yield names
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root and iproute2 to make network namespaces: {error}")
+    finally:
+        for name in names:
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_machines_train_until_one_is_cut_off(
+    machines: tuple[str, str], alone: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = TINY.with_overrides(["train.steps=100000", "train.log_every=1", "ranks_timeout=5"])
+    options = ("--nnodes=2", "--master-addr=10.213.77.1")
+    processes = [
+        subprocess.Popen(
+            [
+                *("ip", "netns", "exec", name),
+                *command(run, config, *options, f"--node-rank={rank}"),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "abe0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, name in enumerate(machines)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while len(checkpoints(run)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        cut = time.monotonic()
+        subprocess.run(["ip", "-n", machines[1], "link", "set", "abe0", "down"], check=True)
+        told = [process.communicate(timeout=60)[1] for process in processes]
+        assert time.monotonic() - cut < 60
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in (0, 1):
+        assert processes[rank].returncode
+        assert f"rank {rank} of 2 has lost another one" in told[rank]
+        assert f"; to go on: abe train --resume {run}" in told[rank]
+    assert losses(run)[:2] == pytest.approx(losses(alone)[:2], rel=1e-3)
+    assert Trainer.resume(run, SILENT).step >= 2
+
+
+# --- Stopped, lost, and resumed ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_they_go_on(tmp_path: Path) -> None:
+    """To the bit with as many ranks; with rounding of its own with another number."""
+    config = TINY.with_overrides(["train.steps=4", "train.eval_every=4"])
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert on_ranks(3, TRAIN, whole, config) == [0] * 3
+    assert on_ranks(3, SIGNALLED, stopped, config, name="SIGTERM") == [0] * 3
+    assert [path.name for path in checkpoints(stopped)] == ["step-00000000", "step-00000001"]
+
+    single = shutil.copytree(stopped, tmp_path / "single")
+    assert on_ranks(3, RESUME, stopped) == [0] * 3
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(stopped)[name]), name
+    expected = read_json(whole / "result.json")["scores"]
+    assert read_json(stopped / "result.json")["scores"] == expected
+
+    assert Trainer.resume(single, SILENT).fit() is not None
+    torch.testing.assert_close(weights(single), weights(whole), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_stops_the_others_with_what_to_do(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = time.monotonic()
+    assert on_ranks(3, SIGNALLED, run, name="SIGKILL") == [0, -signal.SIGKILL, 0]
+    assert time.monotonic() - started < 60
+    for rank in (0, 2):
+        told = Path(f"{run} {rank}.txt").read_text()
+        assert told.startswith(f"rank {rank} of 3 has lost another one, which ended or did not ")
+        assert told.endswith(f"; to go on: abe train --resume {run}")
+
+
+@pytest.mark.slow
+def test_what_ranks_cannot_work_with_is_told(tmp_path: Path) -> None:
+    program = """
+def told(*overrides):
+    try:
+        Trainer(config.with_overrides(overrides), run / overrides[-1], silent)
+    except InputError as error:
+        return str(error)
+errors = [
+    told("model.backbone=resnet50", "model.weights=none"),
+    told("device=cuda:0"),
+    told(f"seed={rank}"),
+]
+Path(f"{folder} {rank}.json").write_text(json.dumps(errors))
+"""
+    assert on_ranks(2, program, tmp_path / "run") == [0, 0]
+    for rank in (0, 1):
+        batch_norm, device, settings = json.loads((tmp_path / f"run {rank}.json").read_text())
+        assert "this backbone has batch norm" in batch_norm
+        assert device.startswith("device=cuda:0: several processes take auto, cpu or cuda")
+        first = f"rank {rank} of 2 has lost another one", f"rank {rank} has settings "
+        assert settings.startswith(first[rank])
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_is_told(tmp_path: Path) -> None:
+    program = """
+try:
+    Trainer(config, run, silent)
+except InputError as error:
+    Path(f"{folder}.txt").write_text(str(error))
+"""
+    config = TINY.with_overrides(["ranks_timeout=2"])
+    assert on_ranks(2, program, tmp_path / "run", config, started=1) == [0]
+    assert (tmp_path / "run.txt").read_text().startswith("not all processes came within 2 seconds")
+
+
+def test_a_batch_has_an_image_for_each_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "require_same", lambda ranks, **values: setattr(ranks, "size", 9))
+    with pytest.raises(
+        InputError, match=r"train\.batch_size=8 has no image for each of 9 processes"
+    ):
+        Trainer(TINY, tmp_path / "run", SILENT)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(0, 3), (2, 3), (8, 1), (8, 3), (64, 7)])
+def test_shares_cover_the_batch_and_differ_by_one(count: int, parts: int) -> None:
+    shares = [range(count)[share(count, (part, parts))] for part in range(parts)]
+    assert [row for own in shares for row in own] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
