@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Set
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from abe.checkpoint import (
     save_checkpoint,
 )
 from abe.config import Config, TrainConfig
-from abe.data.datasets import LabelledImages
+from abe.data.datasets import PROGRESS_SECONDS, LabelledImages
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
@@ -116,14 +117,16 @@ class Trainer:
         self.model = self.start.model.to(self.device)
         self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
-        self.optimizer = _optimizer(
-            config.train, self.model, self.metric_loss, self.start.new_layers
-        )
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
         self.best: Best | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first asked for: torch imports its compiler for it, which takes long."""
+        train, new_layers = self.config.train, self.start.new_layers
+        return _optimizer(train, self.model, self.metric_loss, new_layers)
 
     @classmethod
     def resume(
@@ -181,6 +184,8 @@ class Trainer:
 
     def _train(self, go_on: str) -> bool:
         """Train to the last step; False if a signal stopped it before, when it is saved."""
+        if self.best is None:
+            self._say_first_loss()
         with StopSignal().listening() as stop, self._progress() as advance:
             if self.best is None:
                 self._evaluate_and_save()
@@ -194,8 +199,8 @@ class Trainer:
                 workers=self.config.data.workers,
                 pin_memory=self.device.type == "cuda",
             ):
-                self.train_step(batch)
-                advance(self.step)
+                loss = self.train_step(batch)
+                advance(self.step, loss.total.item())
                 if (
                     self.step == self.config.train.steps
                     or self.step % self.config.train.eval_every == 0
@@ -210,6 +215,29 @@ class Trainer:
                     )
                     return False
         return True
+
+    def _say_first_loss(self) -> None:
+        """Print the loss of the first step before anything is trained, and leave no trace of it.
+
+        The evaluation before the first step may take long; whether the run is sound shows here.
+        """
+        (batch,) = training_batches(
+            self.splits.train,
+            self.sampler,
+            self.preprocessing,
+            seed=self.config.seed,
+            start_step=0,
+            stop_step=1,
+        )
+        modules = [module for module in (self.model, self.metric_loss) if module is not None]
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            loss, _ = self._loss(batch)
+            for buffer, value in zip(buffers, before, strict=True):  # as batch norm's statistics
+                buffer.copy_(value)
+        self._say(f"step {0:>6}  loss {loss.total.item():.4f} on the first batch")
 
     def train_step(self, batch: Batch) -> EnsembleLoss:
         """One step of the optimiser on Eq. 8; the learning rate is the schedule's at this step.
@@ -227,8 +255,8 @@ class Trainer:
             self._refuse(f"the loss is {loss.total.item()}", batch)
 
         factor = lr_factor(self.step, train)
-        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base_lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -428,25 +456,32 @@ class Trainer:
         append_json_line(self.run / "metrics.jsonl", {"step": self.step, **values})
 
     @contextlib.contextmanager
-    def _progress(self) -> Iterator[Callable[[int], None]]:
+    def _progress(self) -> Iterator[Callable[[int, float], None]]:
+        """Show how far it is: a bar on a terminal, elsewhere a line a minute with the loss."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
         off = not self.console.is_terminal  # where it would leave an empty line
         with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
             task = progress.add_task(
-                "training", total=self.config.train.steps, completed=self.step, rate=""
+                "training", total=self.config.train.steps, completed=self.step, loss="", rate=""
             )
-            started, first = time.perf_counter(), self.step
+            started, first, told = time.perf_counter(), self.step, -math.inf
 
-            def advance(step: int) -> None:
-                per_second = (step - first) / (time.perf_counter() - started)
-                rate = f"{per_second * self.config.train.batch_size:.0f} images/s"
-                progress.update(task, completed=step, rate=rate)
+            def advance(step: int, loss: float) -> None:
+                nonlocal told
+                now = time.perf_counter()
+                rate = f"{(step - first) / (now - started) * self.config.train.batch_size:.0f}"
+                fields = {"loss": f"loss {loss:.4f}", "rate": f"{rate} images/s"}
+                progress.update(task, completed=step, **fields)
+                if off and now - told >= PROGRESS_SECONDS:
+                    told = now
+                    self.console.print(f"step {step:>6}  {'  '.join(fields.values())}")
 
             yield advance
 
@@ -508,7 +543,12 @@ def _optimizer(
     if metric_loss is not None:
         groups.setdefault((train.loss_lr_factor, 0.0), []).extend(metric_loss.parameters())
     settings = [
-        {"params": parameters, "lr": train.lr * factor, "weight_decay": decay}
+        {
+            "params": parameters,
+            "lr": train.lr * factor,
+            "initial_lr": train.lr * factor,
+            "weight_decay": decay,
+        }
         for (factor, decay), parameters in groups.items()
         if parameters
     ]
