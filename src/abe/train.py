@@ -60,6 +60,7 @@ from abe.runtime import (
     write_json,
 )
 from abe.start import start
+from abe.tracking import Tracking, open_tracking, require_packages
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
 
@@ -68,9 +69,10 @@ class Trainer:
     """Trains the network of a configuration in a run folder.
 
     The folder receives config.json, environment.json, images.json (which ones, and the classes that
-    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, checkpoints/ and
-    at the end result.json and embeddings.safetensors (the test images', (N, M, d)). Where there are
-    fewer classes than a class-balanced batch asks for, batches are smaller.
+    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, what trackers keep
+    there (`abe.tracking`), checkpoints/ and at the end result.json and embeddings.safetensors (the
+    test images', (N, M, d)). Where there are fewer classes than a class-balanced batch asks for,
+    batches are smaller.
 
     Args:
         config: the run.
@@ -104,6 +106,8 @@ class Trainer:
         self.config = config.anchored()
         self.run = run
         self.console = console or Console(stderr=True)
+        self.tracking = Tracking({})
+        require_packages(config.tracking)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         # What takes long comes last: a mistake in the settings is told before images are read.
@@ -186,7 +190,12 @@ class Trainer:
         """Train to the last step; False if a signal stopped it before, when it is saved."""
         if self.best is None:
             self._say_first_loss()
-        with StopSignal().listening() as stop, self._progress() as advance:
+        done = None if self.best is None else self.step
+        with (
+            open_tracking(self.run, self.config, done) as self.tracking,
+            StopSignal().listening() as stop,
+            self._progress() as advance,
+        ):
             if self.best is None:
                 self._evaluate_and_save()
             for batch in training_batches(
@@ -229,6 +238,7 @@ class Trainer:
             start_step=0,
             stop_step=1,
         )
+        self.model.train()
         modules = [module for module in (self.model, self.metric_loss) if module is not None]
         buffers = [buffer for module in modules for buffer in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
@@ -395,7 +405,23 @@ class Trainer:
 
         select, gallery = self.splits.select, self.splits.select_gallery
         against = () if gallery is None else (embedded(gallery), gallery.labels)
-        return recall_at_k(embedded(select), select.labels, [1], *against)[1]
+        embeddings = embedded(select)
+        self._track_pictures(embeddings, *against[:1])
+        return recall_at_k(embeddings, select.labels, [1], *against)[1]
+
+    def _track_pictures(self, embeddings: Tensor, gallery: Tensor | None = None) -> None:
+        """What learners look at and what a few of the protocol's images find, for the trackers."""
+        if not self.tracking:
+            return
+        from abe.report.pictures import mask_sheet, neighbor_sheet
+
+        select = self.splits.select
+        if self.model.attention_heads is not None:
+            masks = mask_sheet(self.model.eval(), self.preprocessing, select)
+            self.tracking.images(self.step, "masks", masks)
+        found = neighbor_sheet(select, embeddings, self.splits.select_gallery, gallery)
+        if found is not None:
+            self.tracking.images(self.step, "neighbours", found)
 
     def _save(self) -> None:
         training = optimizer_tensors(self.optimizer)
@@ -414,6 +440,7 @@ class Trainer:
             training=training,
         )
         remove_superseded(self.run, keep=self.best)
+        self.tracking.saved(self.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step, self.best = checkpoint.step, checkpoint.best
@@ -454,6 +481,7 @@ class Trainer:
 
     def _log(self, **values: Any) -> None:
         append_json_line(self.run / "metrics.jsonl", {"step": self.step, **values})
+        self.tracking.log(self.step, values)
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Callable[[int, float], None]]:
@@ -471,17 +499,19 @@ class Trainer:
             task = progress.add_task(
                 "training", total=self.config.train.steps, completed=self.step, loss="", rate=""
             )
-            started, first, told = time.perf_counter(), self.step, -math.inf
+            started, first = time.perf_counter(), self.step
+            told = started if self.best is None else -math.inf  # the first loss was told by itself
 
             def advance(step: int, loss: float) -> None:
                 nonlocal told
                 now = time.perf_counter()
-                rate = f"{(step - first) / (now - started) * self.config.train.batch_size:.0f}"
-                fields = {"loss": f"loss {loss:.4f}", "rate": f"{rate} images/s"}
-                progress.update(task, completed=step, **fields)
+                per_second = (step - first) / (now - started)
+                rate = f"{per_second * self.config.train.batch_size:.0f} images/s"
+                shown = f"loss {loss:.4f}"
+                progress.update(task, completed=step, loss=shown, rate=rate)
                 if off and now - told >= PROGRESS_SECONDS:
                     told = now
-                    self.console.print(f"step {step:>6}  {'  '.join(fields.values())}")
+                    self._say(f"step {step:>6}  {shown}  {rate}")
 
             yield advance
 
