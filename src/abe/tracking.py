@@ -8,6 +8,7 @@ A run that goes on from a checkpoint goes on in the same run of a tracker, and w
 beyond that checkpoint does not stay there. TensorBoard is told to pass over it. From MLflow and
 Weights & Biases nothing can be taken back: they are sent a point when a checkpoint on the disk has
 it, and <run>/tracking.json says which run of theirs it is and up to which step they were sent it.
+W&B writes that down a second later; what it was sent last is lost if everything is killed before.
 
 No tracker stops a training. What one of them fails at is warned of once; at the next checkpoint the
 two are sent again what they lack.
@@ -38,8 +39,10 @@ STATE = "tracking.json"
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb"}
 FLUSH_SECONDS = 10  # how much of its events TensorBoard may miss when a run is killed
 PROJECT = "abe"  # in MLflow an experiment; their own variables may name another
-# How long an MLflow server that is away holds a training up, unless its own variables say so.
-MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+# What is set of their own variables where it is not set: how long an MLflow server that is away
+# holds the training up, and after how many seconds W&B writes down what it was sent.
+MLFLOW_DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+WANDB_DEFAULTS = {"WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"}
 
 
 class Tracker(Protocol):
@@ -179,11 +182,10 @@ class MLflow(_AppendOnly):
     def _connect(self) -> None:
         if self._client is not None:
             return
-        for variable, value in MLFLOW_PATIENCE.items():
-            os.environ.setdefault(variable, value)
+        _set_defaults(MLFLOW_DEFAULTS)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if uri is None:  # mlflow-skinny knows of no other store without a server
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        if uri is None:  # mlflow-skinny has no other store without a server
+            _set_defaults({"MLFLOW_ALLOW_FILE_STORE": "true"})
             uri = (self._run.absolute().parent / "mlruns").as_uri()
         from mlflow import MlflowClient
         from mlflow.entities import Param
@@ -225,6 +227,7 @@ class WandB(_AppendOnly):
     def _connect(self) -> None:
         if self._client is not None:
             return
+        _set_defaults(WANDB_DEFAULTS)
         import wandb
 
         self._client = wandb.init(
@@ -355,6 +358,11 @@ def _settings(config: Config) -> dict[str, bool | int | float | str]:
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in flatten(config.to_json()).items()
     }
+
+
+def _set_defaults(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _state(run: Path) -> dict[str, Any]:
