@@ -466,8 +466,28 @@ def test_progress_shows_rate_and_time_left(tmp_path: Path) -> None:
     trainer = Trainer(TINY, tmp_path / "run", console)
     with trainer._progress() as advance:
         time.sleep(0.2)
-        advance(3)
-    assert re.search(r"training .*3/6.* \d+ images/s .*-:--:--", shown.getvalue())
+        advance(3, 0.5)
+    assert re.search(r"training .*3/6.* loss 0.5000 \d+ images/s .*-:--:--", shown.getvalue())
+
+
+def test_progress_off_a_terminal_is_a_line_a_minute(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one at once where a run goes on: one that begins has told its first loss."""
+
+    def lines_of(trainer: Trainer, minute: float) -> list[str]:
+        monkeypatch.setattr("abe.train.PROGRESS_SECONDS", minute)
+        said = trainer.console = Console(record=True, width=200, file=io.StringIO())
+        with trainer._progress() as advance:
+            advance(1, 0.5)
+            advance(2, 0.25)
+        return said.export_text().splitlines()
+
+    begun, gone_on = Trainer(TINY, tmp_path / "run", SILENT), Trainer.resume(finished, SILENT)
+    assert [len(lines_of(trainer, 3600)) for trainer in (begun, gone_on)] == [0, 1]
+    first, second = lines_of(begun, 0)
+    assert re.fullmatch(r"step      1  loss 0\.5000  \d+ images/s", first)
+    assert second.startswith("step      2  loss 0.2500")
 
 
 def test_learning_rates_and_decay_by_layer(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from abe.errors import InputError
 
@@ -143,9 +150,18 @@ class Config(_Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     ranks_timeout: float = Field(60.0, gt=0)  # seconds a step waits for the slowest process
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _names_in_a_row(cls, value: Any) -> Any:
+        """--set tracking=mlflow,wandb and tracking=none, beside lists."""
+        if isinstance(value, str):
+            return [name.strip() for name in value.split(",")]
+        return () if value is None else value
 
     @model_validator(mode="after")
     def _backbone_takes_the_crop(self) -> Self:
@@ -200,7 +216,8 @@ class Config(_Section):
     def portable(self) -> dict[str, Any]:
         """What decides a result, without what only says where and how fast it was computed."""
         values = self.to_json()
-        del values["device"], values["ranks_timeout"]
+        for key in ("device", "ranks_timeout", "tracking"):
+            del values[key]
         for key in ("root", "allow_partial", "workers", "cache"):
             del values["data"][key]
         values["data"]["source"] = PurePath(self.data.source).name

@@ -86,6 +86,7 @@ def evaluate_test(
     weights: dict[str, str] | None = None,
     method: str | None = None,
     facts: dict[str, Any] | None = None,
+    precision: Precision | None = None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Embed and score the test images of a run, against their gallery or among themselves.
@@ -101,11 +102,12 @@ def evaluate_test(
         weights: origin of the pretrained start.
         method: name of an embedder that is no trained network.
         facts: what the record says of the data, if not `splits.describe()`.
+        precision: if not as `config` says.
         ranks: the processes that take part, and the device, if not as `config` says.
     """
     ranks = ranks or Ranks(config.device, config.ranks_timeout)
     device = ranks.device
-    precision = choose_precision(config.precision, device)
+    precision = precision or choose_precision(config.precision, device)
 
     def embedded(images: LabelledImages) -> Tensor:
         return ranks.collect(

@@ -17,8 +17,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from abe.checkpoint import (
     training_tensors,
 )
 from abe.config import Config, TrainConfig
-from abe.data.datasets import LabelledImages
+from abe.data.datasets import PROGRESS_SECONDS, LabelledImages
 from abe.data.decode import ReadingError
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
@@ -54,6 +55,7 @@ from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import LostRankError, Ranks, share
 from abe.results import method_name, write_result
 from abe.runtime import (
+    Precision,
     StopSignal,
     append_json_line,
     autocast,
@@ -71,9 +73,11 @@ from abe.runtime import (
     write_json,
 )
 from abe.start import start
+from abe.tracking import Tracking, open_tracking, require_packages
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
 LOG = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
 LOCK = ".lock"  # of a run: held by the process that trains it
 
 
@@ -81,9 +85,10 @@ class Trainer:
     """Trains the network of a configuration in a run folder.
 
     The folder receives config.json, environment.json, images.json (which ones, and the classes that
-    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, checkpoints/ and
-    at the end result.json and embeddings.safetensors (the test images', (N, M, d)). Where there are
-    fewer classes than a class-balanced batch asks for, batches are smaller.
+    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, what trackers keep
+    there (`abe.tracking`), checkpoints/ and at the end result.json and embeddings.safetensors (the
+    test images', (N, M, d)). Where there are fewer classes than a class-balanced batch asks for,
+    batches are smaller.
 
     Args:
         config: the run.
@@ -115,6 +120,8 @@ class Trainer:
             )
         self.config = config.anchored()
         self.run = run
+        self.tracking = Tracking({})
+        require_packages(config.tracking)
         self.ranks = Ranks(config.device, config.ranks_timeout)
         if self.ranks.first and (run / LOCK).exists():
             with _alone(run):
@@ -123,7 +130,7 @@ class Trainer:
         self.console = (
             (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
         )
-        self.precision = choose_precision(config.precision, self.device)
+        self.precision = self._choose_precision(checkpoint)
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)
         _require_no_batch_statistics(self.start.model, self.ranks)
@@ -134,7 +141,6 @@ class Trainer:
             _require_same_images(run, self.splits)
         self.ranks.require_same(
             settings=config.digest,
-            precision=self.precision,
             images=self.splits.digest,
             checkpoint=checkpoint and checkpoint.step,
         )
@@ -150,14 +156,24 @@ class Trainer:
         self.network = self.ranks.wrap(self.model, torch.zeros(1, 3, *2 * [config.data.crop]))
         self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
-        self.optimizer = _optimizer(
-            config.train, self.model, self.metric_loss, self.start.new_layers
-        )
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
         self.best: Best | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _choose_precision(self, checkpoint: Checkpoint | None) -> Precision:
+        """The same on all ranks, and on a device the same after an interruption as before it."""
+        name = self.config.precision
+        if checkpoint is not None and checkpoint.config.device == self.config.device:
+            name = _recorded_precision(self.run) if name == "auto" else name
+        chosen: Precision = self.ranks.from_first(choose_precision(name, self.device))
+        return chosen
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first asked for: torch imports its compiler for it, which takes long."""
+        train, new_layers = self.config.train, self.start.new_layers
+        return _optimizer(train, self.model, self.metric_loss, new_layers)
 
     @classmethod
     def resume(
@@ -232,7 +248,14 @@ class Trainer:
 
     def _train(self, go_on: str) -> bool:
         """Train to the last step; False if a signal stopped it before, when it is saved."""
-        with StopSignal().listening() as stop, self._progress() as advance:
+        if self.best is None:
+            self._say_first_loss()
+        done = None if self.best is None else self.step
+        with (
+            self._open_tracking(done) as self.tracking,
+            StopSignal().listening() as stop,
+            self._progress() as advance,
+        ):
             if self.best is None:
                 self._evaluate_and_save()
             for batch in training_batches(
@@ -246,8 +269,8 @@ class Trainer:
                 pin_memory=self.device.type == "cuda",
                 part=self.ranks.part,
             ):
-                self.train_step(batch)
-                advance(self.step)
+                loss = self.train_step(batch)
+                advance(self.step, loss.total.item())
                 stopped = self.ranks.any(stop.received is not None)
                 if (
                     self.step == self.config.train.steps
@@ -263,6 +286,37 @@ class Trainer:
                     )
                     return False
         return True
+
+    def _open_tracking(self, done: int | None) -> AbstractContextManager[Tracking]:
+        if self.ranks.first:
+            return open_tracking(self.run, self.config, done)
+        return contextlib.nullcontext(self.tracking)
+
+    def _say_first_loss(self) -> None:
+        """Print the loss of the first step before anything is trained, and leave no trace of it.
+
+        The evaluation before the first step may take long; whether the run is sound shows here.
+        """
+        (batch,) = training_batches(
+            self.splits.train,
+            self.sampler,
+            self.preprocessing,
+            seed=self.config.seed,
+            start_step=0,
+            stop_step=1,
+            part=self.ranks.part,
+        )
+        self.model.train()
+        modules = [module for module in (self.model, self.metric_loss) if module is not None]
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            raw = self.ranks.gather(self._embed(batch.images), len(batch.labels))
+            loss, _ = self._loss(raw, batch.labels)
+            for buffer, value in zip(buffers, before, strict=True):  # as batch norm's statistics
+                buffer.copy_(value)
+        self._say(f"step {0:>6}  loss {loss.total.item():.4f} on the first batch")
 
     def train_step(self, batch: Batch) -> EnsembleLoss:
         """One step of the optimiser on Eq. 8; the learning rate is the schedule's at this step.
@@ -287,8 +341,8 @@ class Trainer:
             self._refuse(f"the loss is {loss.total.item()}", batch)
 
         factor = lr_factor(self.step, train)
-        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base_lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         loss.total.backward()
         self._backward(own, raw)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -420,7 +474,7 @@ class Trainer:
             "data": self.splits.describe(),
             "weights": self.start.origin,
         }
-        write_json(self.run / "environment.json", details)
+        write_json(self.run / ENVIRONMENT, details)
         if self.splits.skipped:
             self.console.print(f"{self.splits.skipped} unreadable files are left out")
 
@@ -464,7 +518,22 @@ class Trainer:
         recall = None
         if self.ranks.first:
             recall = recall_at_k(query, select.labels, [1], *against)[1]
+            self._track_pictures(query, *against[:1])
         return float(self.ranks.from_first(recall))
+
+    def _track_pictures(self, embeddings: Tensor, gallery: Tensor | None = None) -> None:
+        """What learners look at and what a few of the protocol's images find, for the trackers."""
+        if not self.tracking:
+            return
+        from abe.report.pictures import mask_sheet, neighbor_sheet
+
+        select = self.splits.select
+        if self.model.attention_heads is not None:
+            masks = mask_sheet(self.model.eval(), self.preprocessing, select)
+            self.tracking.images(self.step, "masks", masks)
+        found = neighbor_sheet(select, embeddings, self.splits.select_gallery, gallery)
+        if found is not None:
+            self.tracking.images(self.step, "neighbours", found)
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -485,6 +554,7 @@ class Trainer:
             training=training_tensors(self.optimizer, self.metric_loss),
         )
         remove_superseded(self.run, keep=self.best)
+        self.tracking.saved(self.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         own, begun_with = self.start.origin, checkpoint.weights
@@ -515,6 +585,7 @@ class Trainer:
             self.preprocessing,
             best=self.best,
             weights=self.start.origin,
+            precision=self.precision,
             ranks=self.ranks,
         )
         if self.ranks.first:
@@ -531,29 +602,45 @@ class Trainer:
     def _log(self, **values: Any) -> None:
         if self.ranks.first:
             append_json_line(self.run / LOG, {"step": self.step, **values})
+            self.tracking.log(self.step, values)
 
     @contextlib.contextmanager
-    def _progress(self) -> Iterator[Callable[[int], None]]:
+    def _progress(self) -> Iterator[Callable[[int, float], None]]:
+        """Show how far it is: a bar on a terminal, elsewhere a line a minute with the loss."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
         off = not self.console.is_terminal  # where it would leave an empty line
         with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
             task = progress.add_task(
-                "training", total=self.config.train.steps, completed=self.step, rate=""
+                "training", total=self.config.train.steps, completed=self.step, loss="", rate=""
             )
             started, first = time.perf_counter(), self.step
+            told = started if self.best is None else -math.inf  # the first loss was told by itself
 
-            def advance(step: int) -> None:
-                per_second = (step - first) / (time.perf_counter() - started)
+            def advance(step: int, loss: float) -> None:
+                nonlocal told
+                now = time.perf_counter()
+                per_second = (step - first) / (now - started)
                 rate = f"{per_second * self.config.train.batch_size:.0f} images/s"
-                progress.update(task, completed=step, rate=rate)
+                shown = f"loss {loss:.4f}"
+                progress.update(task, completed=step, loss=shown, rate=rate)
+                if off and now - told >= PROGRESS_SECONDS:
+                    told = now
+                    self._say(f"step {step:>6}  {shown}  {rate}")
 
             yield advance
+
+
+def _recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
+    file = run / ENVIRONMENT
+    found = read_json(file).get("precision") if file.exists() else None
+    return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
 
 
 def _alone(run: Path) -> AbstractContextManager[object]:
@@ -620,7 +707,12 @@ def _optimizer(
     if metric_loss is not None:
         groups.setdefault((train.loss_lr_factor, 0.0), []).extend(metric_loss.parameters())
     settings = [
-        {"params": parameters, "lr": train.lr * factor, "weight_decay": decay}
+        {
+            "params": parameters,
+            "lr": train.lr * factor,
+            "initial_lr": train.lr * factor,
+            "weight_decay": decay,
+        }
         for (factor, decay), parameters in groups.items()
         if parameters
     ]
