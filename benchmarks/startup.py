@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,8 @@ def taken(command: list[str], environ: dict[str, str], until: str | None = None)
             if until is not None and until in line:
                 break
         seconds = time.perf_counter() - started
-        process.kill()
+        if until is not None:
+            os.kill(process.pid, signal.SIGKILL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if until is not None and until not in printed[-1]:
