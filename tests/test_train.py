@@ -34,6 +34,7 @@ ABE = Path(sys.executable).with_name("abe")
 TINY = Config(
     device="cpu",
     precision="fp32",
+    tracking=(),
     model=ModelConfig(num_learners=2, embedding_dim=8, weights=None),
     data=DataConfig(
         resize=40, crop=32, synthetic_classes=8, synthetic_images=4, val_classes=0.5, cache=True
