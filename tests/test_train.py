@@ -592,6 +592,40 @@ def golden_losses(run: Path) -> list[float]:
     return losses(run)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["train.chunk_size=3", "train.activation_checkpointing=true"],
+    ids=["chunks", "again"],
+)
+def test_less_memory_is_the_same_training(setting: str, finished: Path, tmp_path: Path) -> None:
+    config = tiny(setting)
+    assert config.digest == TINY.digest
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    sizes = []
+    trainer.model.embedding[0].register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0])) if torch.is_grad_enabled() else None
+    )
+    trainer.fit()
+    learners = config.model.num_learners
+    most = 3 * learners if "chunk" in setting else config.train.batch_size
+    assert max(sizes) == most
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
+    found, expected = final_weights(tmp_path / "run"), final_weights(finished)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    lines = [
+        next(line for line in read_json_lines(run / "metrics.jsonl") if "gate_std" in line)
+        for run in (tmp_path / "run", finished)
+    ]
+    for key in ("gate_mean", "gate_std"):
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3)
+
+
+def test_chunks_refuse_batch_norm(tmp_path: Path) -> None:
+    config = tiny("model.backbone=googlenet_bn", "model.weights=none", "train.chunk_size=4")
+    with pytest.raises(InputError, match=r"batch norm.*without train\.chunk_size"):
+        Trainer(config, tmp_path / "run", SILENT)
+
+
 def test_golden_loss_trace(tmp_path: Path) -> None:
     """Twenty steps of the paper's loss and sampler from the shipped start."""
     trace = golden_losses(tmp_path / "run")

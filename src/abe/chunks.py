@@ -9,6 +9,7 @@ chunk again and go back from there. Memory is that of a chunk, and the price a s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +23,13 @@ def embed_in_chunks(network: Network, images: Tensor, size: int) -> Tensor:
     return torch.cat([network(chunk) for chunk in images.split(size)])
 
 
-def backward_in_chunks(network: Network, images: Tensor, gradient: Tensor, size: int) -> None:
+def backward_in_chunks(
+    network: Network,
+    images: Tensor,
+    gradient: Tensor,
+    size: int,
+    not_last: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
     """Add to the parameters' gradients what the gradient of the embeddings leads to.
 
     Args:
@@ -30,6 +37,12 @@ def backward_in_chunks(network: Network, images: Tensor, gradient: Tensor, size:
         images: (B, 3, H, W).
         gradient: of the loss by the embeddings, (B, M, d).
         size: images at a time.
+        not_last: the context of all chunks but the last one, such as one in which several processes
+            do not exchange their gradients yet.
     """
-    for chunk, part in zip(images.split(size), gradient.split(size), strict=True):
-        network(chunk).backward(part)
+    *chunks, last = zip(images.split(size), gradient.split(size), strict=True)
+    for chunk, part in chunks:
+        with not_last():
+            network(chunk).backward(part)
+    chunk, part = last
+    network(chunk).backward(part)

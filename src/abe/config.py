@@ -122,6 +122,9 @@ class TrainConfig(_Section):
     decay_factor: float = Field(0.1, gt=0, le=1)
     clip_norm: float | None = Field(None, gt=0)  # of the whole gradient
 
+    activation_checkpointing: bool = False  # a quarter of the memory, a third more time
+    chunk_size: int | None = Field(None, ge=1)  # images embedded at a time; None: the whole batch
+
     eval_every: int = Field(1000, ge=1)  # steps between evaluations, each with a checkpoint
     log_every: int = Field(10, ge=1)
 
@@ -220,6 +223,8 @@ class Config(_Section):
             del values[key]
         for key in ("root", "allow_partial", "workers", "cache"):
             del values["data"][key]
+        for key in ("activation_checkpointing", "chunk_size"):
+            del values["train"][key]
         values["data"]["source"] = PurePath(self.data.source).name
         if self.model.weights is not None:
             values["model"]["weights"] = PurePath(self.model.weights).name

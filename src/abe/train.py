@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ from abe.checkpoint import (
     set_aside_newer,
     training_tensors,
 )
+from abe.chunks import backward_in_chunks, embed_in_chunks
 from abe.config import Config, TrainConfig
 from abe.data.datasets import PROGRESS_SECONDS, LabelledImages
 from abe.data.decode import ReadingError
@@ -133,7 +134,9 @@ class Trainer:
         self.precision = self._choose_precision(checkpoint)
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)
-        _require_no_batch_statistics(self.start.model, self.ranks)
+        _require_no_batch_statistics(self.start.model, self.ranks, config.train)
+        if config.train.activation_checkpointing:
+            self.start.model.checkpoint_activations()
         self.splits: Splits = open_splits(
             config.data, config.protocol, self.console, check=self.ranks.first_here
         )
@@ -312,7 +315,9 @@ class Trainer:
         before = [buffer.clone() for buffer in buffers]
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(gpus):
-            raw = self.ranks.gather(self._embed(batch.images), len(batch.labels))
+            size = self.config.train.chunk_size or len(batch.images)
+            own = embed_in_chunks(self._embed, batch.images, size)
+            raw = self.ranks.gather(own, len(batch.labels))
             loss, _ = self._loss(raw, batch.labels)
             for buffer, value in zip(buffers, before, strict=True):  # as batch norm's statistics
                 buffer.copy_(value)
@@ -334,7 +339,10 @@ class Trainer:
         gates = GateStatistics(self.model) if logged else None
         seed_step(self.config.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        own = self._embed(batch.images)  # (B / N, M, d)
+        if train.chunk_size is None:
+            own = self._embed(batch.images)  # (B / N, M, d)
+        else:
+            own = embed_in_chunks(self._embed, batch.images, train.chunk_size)
         raw = self.ranks.gather(own, len(batch.labels)).requires_grad_()  # (B, M, d)
         loss, embeddings = self._loss(raw, batch.labels)
         if not math.isfinite(loss.total.item()):
@@ -344,7 +352,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         loss.total.backward()
-        self._backward(own, raw)
+        self._backward(batch.images, own, raw)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, train.clip_norm or math.inf)
         if not math.isfinite(grad_norm.item()):
@@ -397,18 +405,24 @@ class Trainer:
         )
         return loss, embeddings
 
-    def _backward(self, own: Tensor, raw: Tensor) -> None:
+    def _backward(self, images: Tensor, own: Tensor, raw: Tensor) -> None:
         """From the loss's gradient of all embeddings to that of the weights, on every rank.
 
         Args:
+            images: of this rank, to be embedded again in chunks if `own` has no graph.
             own: (B / N, M, d), this rank's embeddings with their graph.
             raw: (B, M, d), those of all, with the gradient of the loss.
         """
         assert raw.grad is not None
-        gradient = raw.grad[share(len(raw), self.ranks.part)]
+        # The wrapped network takes the mean over the ranks; the batch's gradient is the sum.
+        gradient = raw.grad[share(len(raw), self.ranks.part)] * self.ranks.size
+        size = self.config.train.chunk_size
         with self.ranks.connected():
-            # The wrapped network takes the mean over the ranks; the batch's gradient is the sum.
-            own.backward(gradient * self.ranks.size)
+            if size is None:
+                own.backward(gradient)
+            else:
+                silent = partial(self.ranks.apart, self.network)
+                backward_in_chunks(self._embed, images, gradient, size, silent)
         if self.metric_loss is not None:
             self.ranks.take_gradients(self.metric_loss.parameters())
 
@@ -651,23 +665,26 @@ def _alone(run: Path) -> AbstractContextManager[object]:
 
 
 class GateStatistics:
-    """Mean and spread of the attention masks of the next forward pass."""
+    """Mean and spread of the attention masks of a step, whose parts may be computed repeatedly."""
 
     def __init__(self, model: AttentionEnsemble) -> None:
-        self._masks: Tensor | None = None
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of 1, of the masks and of their squares
         heads = model.attention_heads
-        self._hook = None if heads is None else heads.register_forward_hook(self._keep)
+        self._hook = None if heads is None else heads.register_forward_hook(self._add)
 
-    def _keep(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
-        self._masks = masks.detach()
+    def _add(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
+        masks = masks.detach().float()
+        sums = masks.sum(dtype=torch.float64), masks.square().sum(dtype=torch.float64)
+        self._sums += torch.stack([torch.tensor(masks.numel()), *(part.cpu() for part in sums)])
 
     def read(self) -> dict[str, float]:
         """Stop watching; -> "gate_mean" and "gate_std", or nothing without attention."""
-        if self._hook is None or self._masks is None:
+        if self._hook is None:
             return {}
         self._hook.remove()
-        masks = self._masks.float()
-        return {"gate_mean": masks.mean().item(), "gate_std": masks.std().item()}
+        count, total, squares = self._sums.tolist()
+        mean = total / count
+        return {"gate_mean": mean, "gate_std": math.sqrt(max(squares / count - mean**2, 0))}
 
 
 def lr_factor(step: int, train: TrainConfig) -> float:
@@ -748,12 +765,14 @@ def _learner_cosine(embeddings: Tensor) -> float | None:
     return between.item() / (num_learners * (num_learners - 1))
 
 
-def _require_no_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Raises InputError for a network with batch norm on several ranks."""
-    if ranks.size > 1 and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
+def _require_no_batch_statistics(model: nn.Module, ranks: Ranks, train: TrainConfig) -> None:
+    """Raises InputError for a network with batch norm whose batches are embedded in parts."""
+    in_parts = ranks.size > 1 or train.chunk_size is not None
+    if in_parts and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         raise InputError(
-            "this backbone has batch norm, whose statistics would be those of each process's part "
-            "of a batch: use model.backbone=googlenet, or a single process"
+            "this backbone has batch norm, whose statistics would be those of each process's or "
+            "chunk's part of a batch: use model.backbone=googlenet, or a single process without "
+            "train.chunk_size"
         )
 
 
