@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.errors import InputError
-from abe.metrics import map_at_r, nmi, r_precision, recall_at_k
+from abe.metrics import map_at_r, nmi, r_precision, recall_at_k, retrieval_metrics
 
 
 def oracle(query, query_labels, gallery=None, gallery_labels=None):
@@ -152,6 +152,38 @@ def test_queries_without_a_match_are_left_out_and_counted():
         assert r_precision(lonely, lonely_labels) == r_precision(embeddings, labels)
     with pytest.warns(UserWarning, match=message):
         assert map_at_r(lonely, lonely_labels) == map_at_r(embeddings, labels)
+
+
+@pytest.mark.parametrize("separate_gallery", [True, False])
+def test_all_metrics_at_once_are_those_one_by_one(separate_gallery):
+    embeddings, labels = clustered(noise=1.2)
+    args = embeddings, torch.cat([labels[:-1], torch.tensor([99])])  # one query has no match
+    if separate_gallery:
+        args = *args, embeddings[:20], labels[:20]
+    query, query_labels, *gallery = args
+    with pytest.warns(UserWarning, match="have no other image of their label") as caught:
+        found = retrieval_metrics(query, query_labels, [1, 5], *gallery)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recall = recall_at_k(query, query_labels, [1, 5], *gallery)
+        assert found == {
+            "recall@1": recall[1],
+            "recall@5": recall[5],
+            "map@r": map_at_r(*args),
+            "r_precision": r_precision(*args),
+        }
+    assert found["map@r"] < found["r_precision"] < found["recall@1"] < found["recall@5"]
+
+
+def test_recall_is_exact_where_float32_products_are_not():
+    """Unit vectors, three of each, that differ in their last bits or not at all."""
+    embeddings, _ = clustered(num_classes=40, per_class=1, size=50)
+    embeddings = embeddings.repeat(3, 1)
+    embeddings[40:] += 1e-7 * torch.randn(80, 50, generator=torch.Generator().manual_seed(1))
+    embeddings[::3] = embeddings[1::3]
+    labels = torch.randperm(120, generator=torch.Generator().manual_seed(0)) % 15
+    assert recall_at_k(embeddings, labels, range(1, 120)) == oracle(embeddings, labels)[0]
 
 
 def test_order_of_images_does_not_matter():

@@ -232,7 +232,8 @@ class _Search:
             i, j = codes // len(items), codes % len(items)
         distances = torch.empty(len(i), dtype=torch.float64, device=i.device)
         for some in _slices(0, len(i), PAIRS):
-            differences = queries[i[some]].double().sub_(items[j[some]])
+            differences = queries.index_select(0, i[some]).double()
+            differences -= items.index_select(0, j[some])
             distances[some] = differences.square_().sum(1)
         return distances if pairs is None else distances[pairs]
 
