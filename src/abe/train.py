@@ -3,10 +3,10 @@
 What step t does is a function of the weights, the configuration and t alone (the samplers and the
 augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
 
-Several processes (see `abe.ranks`) train one network: each knows the whole batch of a step and
-embeds its share of it, each takes the loss of all B embeddings, and the gradients of their shares
-are summed. That is the loss and the gradient of one process, apart from rounding. The first rank
-alone writes and reports.
+Several processes can train one network (see `abe.distributed`): each knows the whole batch of a
+step and embeds its share of it, each takes the loss of all B embeddings, and the gradients of their
+shares are summed. That is the loss and the gradient of one process, apart from rounding. The first
+rank alone writes and reports.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
+from abe.distributed import LostRankError, Ranks, share
 from abe.errors import InputError
 from abe.evaluate import embed, evaluate_test
 from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
-from abe.ranks import LostRankError, Ranks, share
 from abe.results import method_name, write_result
 from abe.runtime import (
+    Precision,
     StopSignal,
     append_json_line,
     autocast,
@@ -111,7 +112,8 @@ class Trainer:
         self.console = (
             (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
         )
-        self.precision = choose_precision(config.precision, self.device)
+        precision = choose_precision(config.precision, self.device)
+        self.precision: Precision = self.ranks.from_first(precision)
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)
         _require_no_batch_statistics(self.start.model, self.ranks)
@@ -122,7 +124,6 @@ class Trainer:
             _require_same_images(run, self.splits)
         self.ranks.require_same(
             settings=config.digest,
-            precision=self.precision,
             images=self.splits.digest,
             checkpoint=checkpoint and checkpoint.step,
         )
