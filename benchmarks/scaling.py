@@ -32,8 +32,8 @@ from abe.config import Config
 from abe.data.loader import CachedImages, training_batches
 from abe.data.synthetic import SyntheticVehicles
 from abe.data.transforms import Preprocessing
-from abe.distributed import Ranks
 from abe.evaluate import embed
+from abe.ranks import Ranks
 from abe.recipes import get_recipe
 from abe.runtime import environment
 from abe.train import Trainer

@@ -19,9 +19,9 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
-from abe.distributed import Part, Ranks, share
 from abe.metrics import KS, map_at_r, nmi, r_precision, recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
+from abe.ranks import Part, Ranks, share
 from abe.results import result_record
 from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
 from abe.start import start

@@ -3,7 +3,7 @@
 What step t does is a function of the weights, the configuration and t alone (the samplers and the
 augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
 
-Several processes can train one network (see `abe.distributed`): each knows the whole batch of a
+Several processes can train one network (see `abe.ranks`): each knows the whole batch of a
 step and embeds its share of it, each takes the loss of all B embeddings, and the gradients of their
 shares are summed. That is the loss and the gradient of one process, apart from rounding. The first
 rank alone writes and reports.
@@ -42,13 +42,13 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
-from abe.distributed import LostRankError, Ranks, share
 from abe.errors import InputError
 from abe.evaluate import embed, evaluate_test
 from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
+from abe.ranks import LostRankError, Ranks, share
 from abe.results import method_name, write_result
 from abe.runtime import (
     Precision,

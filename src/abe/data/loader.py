@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from abe.data.datasets import LabelledImages, check_images
 from abe.data.transforms import Preprocessing, center_crop, pad_to_square, random_crop_and_flip
-from abe.distributed import Part, share
 from abe.errors import InputError
+from abe.ranks import Part, share
 
 
 class Batch(NamedTuple):

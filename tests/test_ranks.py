@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
-from abe.distributed import Ranks, share
 from abe.errors import InputError
 from abe.launch import launched_rank
+from abe.ranks import Ranks, share
 from abe.runtime import read_json, read_json_lines
 from abe.train import Trainer, evaluate_run
 
