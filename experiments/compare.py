@@ -62,6 +62,10 @@ PLANS: dict[str, tuple[Config, tuple[Method, ...]]] = {
         photographs(),
         (as_printed(*ABE_4), as_printed(*ONE_HEAD)),
     ),
+    "photographs-fp32": (
+        photographs(),
+        (balanced(*ABE_4, "precision=fp32", rates=(0.003,)),),
+    ),
     "vehicles": (
         demo(),
         tuple(

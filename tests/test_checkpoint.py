@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import random
+import re
 import resource
 import shutil
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,10 @@ from abe.checkpoint import (
     checkpoints,
     load_latest,
     load_selected,
-    optimizer_tensors,
     remove_superseded,
-    restore_optimizer,
     save_checkpoint,
+    set_aside_newer,
+    training_tensors,
 )
 from abe.config import Config, ModelConfig
 from abe.data.transforms import Preprocessing
@@ -37,7 +42,7 @@ CONFIG = Config(
 PREPROCESSING = Preprocessing(channels="RGB", mean=(1.5, 2, 3), scale=(0.1, 0.2, 0.3), resize=300)
 ORIGIN = {"source": "start.safetensors", "sha256": "0" * 64}
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(7)}
-TRAINING = {"optimizer.0.momentum_buffer": torch.ones(2, 3), "torch_rng": torch.get_rng_state()}
+TRAINING = {"optimizer.0.momentum_buffer": torch.ones(2, 3), "metric_loss.proxies": torch.ones(4)}
 FILES = ("model.safetensors", "training.safetensors", "meta.json")
 
 
@@ -101,8 +106,29 @@ def test_the_network_comes_back(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_than_the_configuration_says(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the weights are of another network"):
+    with pytest.raises(InputError, match=r"model\.safetensors is of another network than the con"):
         Checkpoint.load(save(tmp_path)).build_model()
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optimizer.1.momentum_buffer": torch.ones(3)},
+        {"optimizer.-1.momentum_buffer": torch.ones(3)},
+        {"optimizer." + "9" * 5000: torch.ones(3)},
+        {"optimizer.0.momentum_buffer": torch.ones(4)},
+        {"metric_loss.bias": torch.ones(1)},
+        {"metric_loss.weight": torch.ones(4)},
+        {},
+    ],
+    ids=lambda training: str({key[:30]: tuple(value.shape) for key, value in training.items()}),
+)
+def test_training_state_of_another_network(training: dict, tmp_path: Path) -> None:
+    loss = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    found = Checkpoint.load(save(tmp_path, training=training))
+    with pytest.raises(InputError, match=r"training\.safetensors is of another network than the c"):
+        found.load_training_into(optimizer, loss)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
@@ -122,10 +148,10 @@ def test_optimizer_goes_on(kind: type[torch.optim.Optimizer], tmp_path: Path) ->
     ours, others = parameters(), parameters()
     optimizer, other = make(ours), make(others)
     step(optimizer, ours)
-    training = Checkpoint.load(save(tmp_path, training=optimizer_tensors(optimizer))).training
+    found = Checkpoint.load(save(tmp_path, training=training_tensors(optimizer, None)))
     for value, theirs in zip(ours, others, strict=True):
         theirs.data.copy_(value.data)
-    restore_optimizer(other, training)
+    found.load_training_into(other, None)
     for _ in range(3):
         step(optimizer, ours)
         step(other, others)
@@ -150,8 +176,28 @@ def test_a_flipped_bit_is_refused(name: str, place: float, tmp_path: Path) -> No
 def test_a_flipped_bit_in_a_name_of_meta_json_is_refused(part: str, tmp_path: Path) -> None:
     path = save(tmp_path)
     flip(path / "meta.json", (path / "meta.json").read_bytes().rindex(b'"%s"' % part.encode()) + 1)
-    with pytest.raises(InputError, match=rf"meta\.json is damaged .* \({part}: Field required"):
+    with pytest.raises(InputError, match=rf"meta\.json is damaged \({part}: Field required"):
         Checkpoint.load(path)
+
+
+def test_a_bit_of_meta_json_that_flips_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path, best=Best(8, 0.5))
+    whole, content = Checkpoint.load(path), (path / "meta.json").read_bytes()
+    places = random.Random(0)
+    for position in places.sample(range(len(content)), 400):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << places.randrange(8)
+        (path / "meta.json").write_bytes(damaged)
+        if json_of(bytes(damaged)) == json_of(content):  # a blank became another kind of blank
+            assert Checkpoint.load(path).best == whole.best
+            continue
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            Checkpoint.load(path)
+
+
+def json_of(content: bytes) -> Any:
+    with contextlib.suppress(ValueError):
+        return json.loads(content)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -159,7 +205,7 @@ def test_a_flipped_bit_in_a_name_of_meta_json_is_refused(part: str, tmp_path: Pa
 def test_a_file_that_was_cut_is_refused(name: str, share: float, tmp_path: Path) -> None:
     path = save(tmp_path)
     os.truncate(path / name, int(share * (path / name).stat().st_size))
-    with pytest.raises(InputError, match=f"{name} (was changed or cut|is damaged)"):
+    with pytest.raises(InputError, match=f"{name} (was changed or cut|cannot be read)"):
         Checkpoint.load(path)
 
 
@@ -183,20 +229,59 @@ def test_a_file_with_the_right_hash_that_is_no_safetensors(tmp_path: Path) -> No
 
 
 def forge(path: Path, **changes: Any) -> None:
-    """Change meta.json; a dictionary changes a part of one."""
+    """Change meta.json and its checksum; a dictionary changes a part of one."""
     meta = json.loads((path / "meta.json").read_text())
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(meta[key], dict):
             meta[key] |= value
         else:
             meta[key] = value
+    del meta["checksum"]
+    content = json.dumps(meta, sort_keys=True).encode()
+    meta = {"checksum": hashlib.sha256(content).hexdigest()} | meta
     (path / "meta.json").write_text(json.dumps(meta))
+
+
+def test_the_checksum_is_of_the_sorted_rest(tmp_path: Path) -> None:
+    path = save(tmp_path, best=Best(8, 0.5))
+    before = Checkpoint.load(path)
+    forge(path, step=12)  # the same as it was
+    assert Checkpoint.load(path).config == before.config
+    meta = json.loads((path / "meta.json").read_text())
+    for changes in ({"step": 13}, {"best": None}, {"checksum": "0" * 64}):
+        (path / "meta.json").write_text(json.dumps(meta | changes))
+        with pytest.raises(InputError, match=r"meta\.json was changed or cut since it was written"):
+            Checkpoint.load(path)
+
+
+def test_format_1_is_read(tmp_path: Path) -> None:
+    """It knew no checksum of meta.json, and kept torch's random state."""
+    training = TRAINING | {"torch_rng": torch.get_rng_state()}
+    path = save(tmp_path, best=Best(8, 0.5), training=training)
+    expected = Checkpoint.load(path)
+    meta = json.loads((path / "meta.json").read_text())
+    del meta["checksum"]
+    (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    found = load_latest(tmp_path)
+    for name in ("step", "config", "preprocessing", "weights", "best"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert torch.equal(found.model["weight"], MODEL["weight"])
+    flip(path / "model.safetensors", 100)
+    with pytest.raises(InputError, match=r"model\.safetensors was changed or cut"):
+        load_latest(tmp_path)
+
+
+def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    forge(path, format=3, added="something")
+    with pytest.raises(InputError, match=r"meta\.json is of format 3, and this .* reads up to 2: "):
+        Checkpoint.load(path)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 0},
         {"format": None},
         {"format": "1"},
         {"step": -1},
@@ -241,17 +326,20 @@ def test_meta_json_that_says_what_it_cannot(changes: dict[str, Any], tmp_path: P
 def test_meta_json_that_is_none(content: bytes, tmp_path: Path) -> None:
     path = save(tmp_path)
     (path / "meta.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"meta\.json is damaged or of another version"):
+    says = r"meta\.json (is damaged|cannot be read|is no JSON object)"
+    with pytest.raises(InputError, match=says):
         Checkpoint.load(path)
 
 
-@pytest.mark.parametrize("key", ["format", "step", "config", "preprocessing", "sha256"])
+@pytest.mark.parametrize(
+    "key", ["format", "step", "config", "preprocessing", "sha256", "best", "weights", "checksum"]
+)
 def test_meta_json_without_a_part(key: str, tmp_path: Path) -> None:
     path = save(tmp_path)
     meta = json.loads((path / "meta.json").read_text())
     del meta[key]
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError, match=rf"meta\.json is damaged .* \({key}: "):
+    with pytest.raises(InputError, match=rf"meta\.json is damaged \({key}: "):
         Checkpoint.load(path)
 
 
@@ -273,7 +361,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         save_file(tensors, path)
 
-    monkeypatch.setattr("abe.checkpoint.save_file", stop)
+    monkeypatch.setattr("abe.runtime.save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, step=2)
     monkeypatch.undo()
@@ -314,6 +402,62 @@ def test_a_kill_while_a_step_is_replaced_leaves_the_old_one(
     save(tmp_path, model={"weight": torch.ones(2)})
     assert load_latest(tmp_path).model["weight"].tolist() == [1, 1]
     assert list((tmp_path / "checkpoints").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("again", "expected"),
+    [(False, [(1, 0), (2, 1)]), (True, [(2, 0), (1, 0), (2, 1)])],
+    ids=["new", "again"],
+)
+def test_every_state_that_the_disk_goes_through(
+    again: bool,
+    expected: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy of the run is made around every change; of each a whole checkpoint can be loaded.
+
+    What was not flushed to the disk holds noise in the copy, as it may after a power cut.
+    """
+    run, fsync = tmp_path / "run", os.fsync
+    save(run, 1)
+    if again:
+        save(run, 2, model={"weight": torch.zeros(2)})
+    flushed = {file.stat().st_ino for file in run.rglob("*")}
+    states: list[Path] = []
+
+    def copy() -> None:
+        states.append(shutil.copytree(run, tmp_path / str(len(states))))
+        for file in filter(Path.is_file, run.rglob("*")):
+            if file.stat().st_ino not in flushed:
+                noise = b"?" * file.stat().st_size
+                (states[-1] / file.relative_to(run)).write_bytes(noise)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            copy()
+            result = function(*arguments, **options)
+            if function is fsync:
+                flushed.add(os.fstat(arguments[0]).st_ino)
+            copy()
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched(fsync))
+        patch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+        for name in ("rename", "mkdir", "touch", "chmod"):
+            patch.setattr(Path, name, watched(getattr(Path, name)))
+        save(run, 2, model={"weight": torch.ones(2)})
+    assert len(states) > 20
+    seen = []
+    for state in states:
+        found = load_latest(state)
+        seen.append((found.step, found.model["weight"].flatten()[0].item()))
+        save(state, 3)
+        assert load_latest(state).step == 3
+    assert list(dict.fromkeys(seen)) == expected
 
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -396,8 +540,37 @@ def test_selected_is_the_best_of_a_run_or_the_folder_itself(tmp_path: Path) -> N
 
 def test_a_best_checkpoint_that_is_gone_is_not_replaced_in_silence(tmp_path: Path) -> None:
     save(tmp_path, 2, best=Best(1, 0.5))
-    with pytest.raises(InputError, match="step-00000001 is no checkpoint"):
+    says = (
+        r"step-00000001 is no checkpoint.* best Recall@1 \(0\.500\); the newest is whole: `abe ev"
+    )
+    with pytest.raises(InputError, match=says):
         load_selected(tmp_path)
+
+
+def test_damaged_checkpoints_are_set_aside_and_whole_ones_are_not(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for _ in range(2):  # the second takes the first one's place
+        flip(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors", 100)
+        set_aside_newer(tmp_path, 2)
+        assert steps(tmp_path) == [1, 2]
+        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert names == ["damaged-step-00000003", "step-00000001", "step-00000002"]
+        save(tmp_path, 3)
+    for step in (2, None):
+        with pytest.raises(InputError, match="has been trained by another process meanwhile: go o"):
+            set_aside_newer(tmp_path, step)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_files_are_for_whom_the_umask_lets(tmp_path: Path) -> None:
+    for umask in (0o022, 0o007, 0o077):
+        before = os.umask(umask)
+        try:
+            path = save(tmp_path, step=umask)
+        finally:
+            os.umask(before)
+        assert {stat.S_IMODE((path / name).stat().st_mode) for name in FILES} == {0o666 & ~umask}
 
 
 def test_the_weights_alone_are_plain_safetensors(tmp_path: Path) -> None:

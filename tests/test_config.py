@@ -57,6 +57,10 @@ def test_the_last_part_of_a_name_is_enough_to_find_a_setting() -> None:
         ("train.lr=1e-4", 1e-4),
         ("train.steps=10.0", 10),
         ("train.clip_norm=5", 5.0),
+        ("tracking=mlflow", ("mlflow",)),
+        ("tracking=tensorboard, wandb", ("tensorboard", "wandb")),
+        ('tracking=["mlflow"]', ("mlflow",)),
+        ("tracking=none", ()),
         ("train.clip_norm=null", None),
         ("train.clip_norm=none", None),
         ("model.weights=None", None),
@@ -168,6 +172,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("train.lr=" + "[" * 50_000, r"train.lr='\[\[\[.*: it has to be a valid number"),
         ("data.cache=maybe", "data.cache='maybe': it has to be a valid boolean"),
         ("protocol=test", "protocol='test': it has to be 'val' or 'paper'"),
+        ("tracking=board", "tracking.0='board': it has to be 'tensorboard', 'mlflow' or 'wandb'"),
+        ("tracking=0", "tracking=0: it has to be a valid tuple"),
         (f"seed={2**63}", "seed=9223372036854775808: it has to be less than"),
         ("model.attention_depth=0", "model.attention_depth=0: it has to be greater than or equal"),
         ("train.margin=0", "train.margin=0: it has to be greater than 0"),
@@ -222,6 +228,7 @@ def test_digest_leaves_out_where_and_how_fast() -> None:
     assert len(config.digest) == 12
     for assignment in (
         "device=cpu",
+        "tracking=mlflow,wandb",
         "data.workers=4",
         "data.cache=true",
         "data.source=/there/birds",

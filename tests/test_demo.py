@@ -21,6 +21,7 @@ TINY = demo().with_overrides(
     [
         "device=cpu",
         "precision=fp32",
+        "tracking=none",
         "model.embedding_dim=16",
         "data.resize=48",
         "data.crop=40",

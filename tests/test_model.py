@@ -21,8 +21,9 @@ from abe.model import (
     Stage,
     concat,
 )
+from abe.model.attention import gate
 from abe.model.backbones import get_backbone
-from abe.model.googlenet import InceptionBN
+from abe.model.googlenet import Inception, InceptionBN, ResponseNorm
 from abe.model.resnet import Bottleneck
 from abe.model.summary import count_macs, summary_rows
 from abe.model.weights import read_weights
@@ -136,8 +137,10 @@ def test_googlenet_has_exactly_the_layers_of_the_shipped_bvlc_weights() -> None:
     assert sum(shape.numel() for shape in own.values()) == 5_973_552
 
 
-def test_local_response_norm_is_caffes() -> None:
-    norm = dict(MHeads(1, 8).spatial[0].named_children())["norm1"]
+def test_response_norm_is_caffes() -> None:
+    norms = [m for m in MHeads(1, 8).spatial[0].modules() if isinstance(m, ResponseNorm)]
+    assert [len(norm.band) for norm in norms] == [64, 192]
+    norm = ResponseNorm(7).double()
     x = 100 * torch.rand(1, 7, 2, 2, dtype=torch.float64)
     expected = torch.empty_like(x)
     for channel in range(7):
@@ -145,6 +148,50 @@ def test_local_response_norm_is_caffes() -> None:
         scale = 1 + 1e-4 / 5 * (window**2).sum(1)
         expected[:, channel] = x[:, channel] / scale**0.75
     torch.testing.assert_close(norm(x), expected)
+    assert torch.autograd.gradcheck(norm, x.requires_grad_())
+    assert not norm.state_dict()
+
+
+def test_response_norm_in_bfloat16() -> None:
+    norm = ResponseNorm(64)
+    x = 100 * torch.rand(2, 64, 3, 3, requires_grad=True)
+    exact = torch.autograd.grad(norm(x).sum(), x)[0]
+    half = x.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(half)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), norm(x), rtol=0.02, atol=0)
+    rounded = torch.autograd.grad(y.float().sum(), half)[0].float()
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.005)
+
+
+def test_inception_is_caffes() -> None:
+    """The merged 1x1 convolutions against the layers one by one, and their gradients."""
+    block = Inception(4, (3, 2, 5, 2, 3, 2)).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def branch(x: torch.Tensor, *layers: str) -> torch.Tensor:
+        for name in layers:
+            layer = block.get_submodule(name)
+            x = F.max_pool2d(x, 3, 1, 1) if name == "pool" else layer(x).relu()
+        return x
+
+    branches = (("1x1",), ("3x3_reduce", "3x3"), ("5x5_reduce", "5x5"), ("pool", "pool_proj"))
+    expected = torch.cat([branch(x, *layers) for layers in branches], dim=1)
+    torch.testing.assert_close(block(x), expected)
+    weight = torch.randn_like(expected)
+    inputs = (x, *block.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad((block(x) * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+    )
+
+
+def test_gate_has_the_products_gradient() -> None:
+    spatial = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    masks = torch.rand(2, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gate(spatial, masks), spatial.unsqueeze(1) * masks)
+    assert torch.autograd.gradcheck(gate, (spatial, masks))
 
 
 def conv_norm(x: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, eps: float, **options):
@@ -238,6 +285,51 @@ def test_forward_equals_a_loop_over_learners(
     torch.testing.assert_close(gradients(batched), gradients(looped), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_activation_checkpointing_gives_the_same_gradients(network, images) -> None:
+    model = toy(network).double()
+    images = images.double()
+    weight = torch.randn(3, 4, 2, dtype=torch.float64)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (model(images) * weight).sum().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    plain, expected = model(images), gradients()
+    model.checkpoint_activations()
+    torch.testing.assert_close(model(images), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_activation_checkpointing_keeps_little() -> None:
+    model = AttentionEnsemble()
+    images = torch.rand(2, 3, 64, 64)
+
+    def kept() -> int:
+        memory: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            embeddings = model(images)  # whose graph keeps the memory, and its addresses
+        assert embeddings.requires_grad
+        of_parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        return sum(size for address, size in memory.items() if address not in of_parameters)
+
+    plain = kept()
+    model.checkpoint_activations()
+    assert kept() < 0.05 * plain
+
+
+def test_activation_checkpointing_refuses_batch_norm() -> None:
+    with pytest.raises(InputError, match=r"toy has batch norm.*leave activation checkpointing off"):
+        toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM).checkpoint_activations()
+
+
 def test_batch_norm_in_g_takes_its_statistics_of_all_learners_at_once(images) -> None:
     model = toy(AttentionEnsemble, backbone=TOY_WITH_BATCH_NORM)
     convolution, norm, _ = model.embedding[0].block
@@ -262,7 +354,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_g_gets_channels_last_by_a_single_copy(attention: bool, images) -> None:
+def test_g_gets_channels_last_without_a_copy_of_gated_features(attention: bool, images) -> None:
     model = toy(AttentionEnsemble, attention=attention)
     shapes = []
 
@@ -276,7 +368,7 @@ def test_g_gets_channels_last_by_a_single_copy(attention: bool, images) -> None:
     with torch.no_grad(), Copies() as copies:
         model(images)
     assert shapes == [(12, 6, 4, 4)]
-    assert copies.count == 1
+    assert copies.count == (0 if attention else 1)  # without, one of S(x) for every learner
 
 
 def test_gated_features_are_the_masks_times_the_spatial_feature(images) -> None:

@@ -808,7 +808,7 @@ def test_a_folder_among_the_images(birds, tmp_path):
 
 
 def test_windows_can_read_and_not_prepare(birds, prepared, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
     message = refusal(prepare_folder, birds, tmp_path / "other")
     assert "images can be prepared on Linux or macOS" in message
     assert len(prepare_folder(birds, prepared).images) == 30

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from abe import runtime
 from abe.errors import InputError
 from abe.runtime import (
+    Precision,
     StopSignal,
     append_json_line,
     autocast,
+    bfloat16_is_faster,
     choose_device,
     choose_precision,
     environment,
+    locked,
+    make_folder,
     read_json_lines,
     replace_text,
     resume_command,
+    seed_step,
     write_json,
+    write_tensors,
 )
 
 CPU = torch.device("cpu")
@@ -90,17 +101,45 @@ def test_auto_precision_is_what_the_cpu_multiplies(
     capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda device: True)
     assert choose_precision("auto", CPU) == expected
     assert choose_precision("fp32", CPU) == "fp32"
     assert choose_precision("bf16", CPU) == "bf16"
 
 
 def test_auto_precision_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert choose_precision("auto", torch.device("cuda")) == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert choose_precision("auto", torch.device("cuda")) == "fp32"
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda device: True)
+    supported = {"including_emulation": False}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: asked == supported)
+    assert choose_precision("auto", cuda) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: False)
+    assert choose_precision("auto", cuda) == "fp32"
     assert choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+@pytest.mark.parametrize(("bf16_seconds", "expected"), [(0.7, "bf16"), (0.8, "fp32"), (2, "fp32")])
+def test_auto_precision_is_measured(
+    bf16_seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that a pass in bfloat16 moves by so much, and one in float32 by 1."""
+    seconds = 0.0
+
+    def watched(device: torch.device, precision: Precision) -> torch.autocast:
+        nonlocal seconds
+        seconds += bf16_seconds if precision == "bf16" else 1
+        return autocast(device, precision)
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(runtime, "autocast", watched)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: seconds)
+    bfloat16_is_faster.cache_clear()
+    assert choose_precision("auto", CPU) == expected
+    monkeypatch.undo()
+    bfloat16_is_faster.cache_clear()
+    random_state = torch.get_rng_state()
+    assert choose_precision("auto", CPU) in ("fp32", "bf16")
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_autocast_multiplies_in_the_precision() -> None:
@@ -109,6 +148,15 @@ def test_autocast_multiplies_in_the_precision() -> None:
         assert (matrix @ matrix).dtype == torch.bfloat16
     with autocast(CPU, "fp32"):
         assert (matrix @ matrix).dtype == torch.float32
+
+
+def test_what_a_step_draws_depends_on_the_seed_and_the_step() -> None:
+    def drawn(seed: int, step: int) -> float:
+        seed_step(seed, step)
+        return torch.rand(()).item()
+
+    assert drawn(3, 5) == drawn(3, 5)
+    assert len({drawn(seed, step) for seed in (0, 3, 2**63 - 1) for step in range(10)}) == 30
 
 
 def test_environment_says_what_a_result_came_from() -> None:
@@ -239,6 +287,102 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
     assert path.read_text() == '{"a": 1}\n{"b"\n{"c": 3}\n'
     with pytest.raises(InputError, match="line 2 is no JSON object"):
         read_json_lines(path, cut_off=True)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    """Python names no file in an error of a write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # bytes a file may have
+    try:
+        for write in (append_json_line, write_json):
+            with pytest.raises(OSError, match=r"File too large: .*value\.json'"):
+                write(tmp_path / "value.json", {"long": "a" * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_tensors_replace_a_file_and_leave_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    for value, mode in ((1, 0o640), (2, 0o604)):
+        path.touch()
+        path.chmod(mode)
+        write_tensors(path, {"a": torch.full((2, 3), value).T})
+        assert torch.equal(load_file(path)["a"], torch.full((3, 2), value))
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_folders_are_made_and_flushed_with_those_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr(runtime, "flush", flushed.append)
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert flushed == [tmp_path, tmp_path / "a"]
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")
+
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from abe.runtime import locked
+
+with locked(Path(sys.argv[1]), "taken"):
+    if os.fork():  # as a process that reads images
+        print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_process_whatever_that_has_started(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_bytes(b"kept")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="it is taken"), locked(path, "it is taken"):
+            pass
+        process.kill()
+        process.wait()
+        with locked(path, "it is taken") as file:  # while the process that it forked goes on
+            file.write(b", and more")
+        assert path.read_bytes() == b"kept, and more"
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with (
+        pytest.warns(UserWarning, match=r"lock cannot be locked \(No locks available\): see to it"),
+        locked(tmp_path / "lock", "it is taken") as file,
+    ):
+        assert not file.closed
+
+
+def test_windows_locks_by_its_own_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def locking(descriptor: int, mode: int, count: int) -> None:
+        asked.append((mode, count))
+        if len(asked) == 2:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(sys, "platform", "win32")
+    with locked(tmp_path / "lock", "it is taken"):
+        pass
+    with pytest.raises(InputError, match="it is taken"), locked(tmp_path / "lock", "it is taken"):
+        pass
+    assert asked == [(2, 1), (2, 1)]
 
 
 def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:

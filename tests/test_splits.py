@@ -11,9 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from abe.config import DataConfig
-from abe.data.datasets import BrokenImagesError
+from abe.data.datasets import BrokenImagesError, image_folder
 from abe.data.decode import BrokenImageError
 from abe.data.loader import CachedImages
+from abe.data.prepare import PreparedImages, prepare
 from abe.data.splits import open_splits
 from abe.errors import InputError
 
@@ -135,6 +136,14 @@ def test_the_cache_holds_what_the_parts_load(birds):
             square = part.squares[part.rows[index]]
             assert square.shape == (16, 16, 3)
             assert tuple(square[8, 8]) == part.load(index).getpixel((0, 0))
+
+
+def test_prepared_images_are_not_copied_into_the_cache(birds, tmp_path):
+    """They are mapped into memory, and may be larger than it."""
+    prepare(image_folder(birds), tmp_path / "prepared", source=birds, side=16)
+    splits = open_splits(config(tmp_path / "prepared", cache=True), "val")
+    for part in (splits.train, splits.select, splits.test):
+        assert isinstance(part, PreparedImages)
 
 
 def test_the_digest_tells_images_and_their_parts_not_their_place(birds, tmp_path):

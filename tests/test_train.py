@@ -34,6 +34,7 @@ ABE = Path(sys.executable).with_name("abe")
 TINY = Config(
     device="cpu",
     precision="fp32",
+    tracking=(),
     model=ModelConfig(num_learners=2, embedding_dim=8, weights=None),
     data=DataConfig(
         resize=40, crop=32, synthetic_classes=8, synthetic_images=4, val_classes=0.5, cache=True
@@ -360,7 +361,7 @@ def test_a_log_that_a_full_disk_cut_off_does_not_hinder(finished: Path, tmp_path
     log = run / "metrics.jsonl"
     whole = log.read_text()
     log.write_text(whole + '{"step": 6, "lo')
-    Trainer.resume(run, SILENT)
+    assert Trainer.resume(run, SILENT).fit() is not None
     assert log.read_text() == whole
 
 
@@ -466,8 +467,28 @@ def test_progress_shows_rate_and_time_left(tmp_path: Path) -> None:
     trainer = Trainer(TINY, tmp_path / "run", console)
     with trainer._progress() as advance:
         time.sleep(0.2)
-        advance(3)
-    assert re.search(r"training .*3/6.* \d+ images/s .*-:--:--", shown.getvalue())
+        advance(3, 0.5)
+    assert re.search(r"training .*3/6.* loss 0.5000 \d+ images/s .*-:--:--", shown.getvalue())
+
+
+def test_progress_off_a_terminal_is_a_line_a_minute(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one at once where a run goes on: one that begins has told its first loss."""
+
+    def lines_of(trainer: Trainer, minute: float) -> list[str]:
+        monkeypatch.setattr("abe.train.PROGRESS_SECONDS", minute)
+        said = trainer.console = Console(record=True, width=200, file=io.StringIO())
+        with trainer._progress() as advance:
+            advance(1, 0.5)
+            advance(2, 0.25)
+        return said.export_text().splitlines()
+
+    begun, gone_on = Trainer(TINY, tmp_path / "run", SILENT), Trainer.resume(finished, SILENT)
+    assert [len(lines_of(trainer, 3600)) for trainer in (begun, gone_on)] == [0, 1]
+    first, second = lines_of(begun, 0)
+    assert re.fullmatch(r"step      1  loss 0\.5000  \d+ images/s", first)
+    assert second.startswith("step      2  loss 0.2500")
 
 
 def test_learning_rates_and_decay_by_layer(tmp_path: Path) -> None:
@@ -569,6 +590,40 @@ def golden_losses(run: Path) -> list[float]:
     )
     Trainer(config, run, SILENT).fit()
     return losses(run)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["train.chunk_size=3", "train.activation_checkpointing=true"],
+    ids=["chunks", "again"],
+)
+def test_less_memory_is_the_same_training(setting: str, finished: Path, tmp_path: Path) -> None:
+    config = tiny(setting)
+    assert config.digest == TINY.digest
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    sizes = []
+    trainer.model.embedding[0].register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0])) if torch.is_grad_enabled() else None
+    )
+    trainer.fit()
+    learners = config.model.num_learners
+    most = 3 * learners if "chunk" in setting else config.train.batch_size
+    assert max(sizes) == most
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
+    found, expected = final_weights(tmp_path / "run"), final_weights(finished)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    lines = [
+        next(line for line in read_json_lines(run / "metrics.jsonl") if "gate_std" in line)
+        for run in (tmp_path / "run", finished)
+    ]
+    for key in ("gate_mean", "gate_std"):
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3)
+
+
+def test_chunks_refuse_batch_norm(tmp_path: Path) -> None:
+    config = tiny("model.backbone=googlenet_bn", "model.weights=none", "train.chunk_size=4")
+    with pytest.raises(InputError, match=r"batch norm.*without train\.chunk_size"):
+        Trainer(config, tmp_path / "run", SILENT)
 
 
 def test_golden_loss_trace(tmp_path: Path) -> None:

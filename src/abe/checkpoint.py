@@ -2,39 +2,52 @@
 
     <run>/checkpoints/step-00000120/
         model.safetensors     the network
-        training.safetensors  optimiser, metric loss, random state: what only training needs
+        training.safetensors  optimiser and metric loss: what only training needs
         meta.json             format, step, config, preprocessing, origin of the pretrained start,
-                              best so far, SHA-256 of both
+                              best so far, SHA-256 of both, and a checksum of what it says itself
+
+What a step draws at random depends on the seed and the step alone, so no random state is kept.
 
 Nothing here is ever unpickled. A checkpoint is written beside its final place, flushed to disk and
-renamed; one whose files do not have the hash that meta.json tells is refused.
+renamed, so a kill or a power cut leaves it whole or leaves the one before it. One that is not what
+was written, to the bit, is refused. In format 1, meta.json had no checksum; it is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from abe.config import Config
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.model.ensemble import AttentionEnsemble
-from abe.runtime import write_json
+from abe.runtime import (
+    flush,
+    make_folder,
+    read_json,
+    resume_command,
+    typed,
+    write_json,
+    write_tensors,
+)
 from abe.start import build_model
 
 _MODEL, _TRAINING, _META = "model.safetensors", "training.safetensors", "meta.json"
+_FORMAT = 2
+_ADVICE = "use another checkpoint, or train anew"
 _REPLACED = ".replaced"  # where a checkpoint is while another takes its place
 
 
@@ -51,13 +64,14 @@ class _Meta(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    format: Literal[1]
+    format: Literal[2]
     step: NonNegativeInt
     config: dict[str, Any]
     preprocessing: dict[str, Any]
     weights: dict[str, str] | None
     best: Best | None
     sha256: dict[str, str]
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -106,10 +120,43 @@ class Checkpoint:
         try:
             model.load_state_dict(self.model)
         except RuntimeError:
-            raise InputError(
-                f"{self.path}: the weights are of another network than its configuration says: "
-                "use another checkpoint"
-            ) from None
+            raise self._misfit(_MODEL) from None
+
+    def load_training_into(
+        self, optimizer: torch.optim.Optimizer, metric_loss: nn.Module | None
+    ) -> None:
+        """Give an optimiser and a metric loss, if there is one, what `training_tensors` took.
+
+        Raises:
+            InputError: it is of other parameters.
+        """
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        by_number = {str(index): index for index in range(len(parameters))}
+        state: dict[int, dict[str, Tensor]] = {}
+        of_loss: dict[str, Tensor] = {}
+        for key, value in self.training.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                number, _, name = rest.partition(".")
+                index = by_number.get(number)
+                if index is None or value.shape not in (parameters[index].shape, torch.Size()):
+                    raise self._misfit(_TRAINING)
+                state.setdefault(index, {})[name] = value
+            elif kind == "metric_loss":
+                of_loss[rest] = value
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
+        if metric_loss is not None:
+            try:
+                metric_loss.load_state_dict(of_loss)
+            except RuntimeError:
+                raise self._misfit(_TRAINING) from None
+
+    def _misfit(self, file: str) -> InputError:
+        return InputError(
+            f"{self.path / file} is of another network than the configuration beside it says: "
+            "use another checkpoint"
+        )
 
     def build_model(self) -> AttentionEnsemble:
         """The network with this checkpoint's weights, in evaluation mode, on the CPU.
@@ -138,31 +185,30 @@ def save_checkpoint(
     Raises:
         InputError: the disk is full, or the folder cannot be written; what was there stays.
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / _name(step)
     beside, replaced = folder / ".unfinished", folder / _REPLACED
     try:
         shutil.rmtree(beside, ignore_errors=True)  # left by an attempt that was killed
-        beside.mkdir(parents=True)
-        for name, tensors in ((_MODEL, model), (_TRAINING, training)):
-            save_file({key: value.contiguous() for key, value in tensors.items()}, beside / name)
-            _flush(beside / name)
-        meta = _Meta(
-            format=1,
-            step=step,
-            config=config.to_json(),
-            preprocessing=preprocessing.to_json(),
-            weights=weights,
-            best=best,
-            sha256={name: _sha256(beside / name) for name in (_MODEL, _TRAINING)},
-        )
-        write_json(beside / _META, meta.model_dump())
-        _flush(beside)
+        make_folder(beside)
+        write_tensors(beside / _MODEL, model)
+        write_tensors(beside / _TRAINING, training)
+        meta = {
+            "format": _FORMAT,
+            "step": step,
+            "config": config.to_json(),
+            "preprocessing": preprocessing.to_json(),
+            "weights": weights,
+            "best": best and asdict(best),
+            "sha256": {name: _sha256(beside / name) for name in (_MODEL, _TRAINING)},
+        }
+        write_json(beside / _META, meta | {"checksum": _checksum(meta)})
+        flush(beside)
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         beside.rename(path)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:  # the latter of an OSError in save_file
+        flush(folder)
+    except (OSError, SafetensorError) as error:  # the latter of an OSError in safetensors
         raise InputError(
             f"{path} cannot be written ({error}): make room for it or see to its permissions, "
             "then go on with --resume"
@@ -179,10 +225,36 @@ def checkpoints(run: Path) -> list[Path]:
 
 def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:
     """Delete all checkpoints but the `latest` newest ones and the best one."""
-    best = None if keep is None else f"step-{keep.step:08d}"
+    best = None if keep is None else _name(keep.step)
     for path in checkpoints(run)[:-latest]:
         if path.name != best:
             shutil.rmtree(path)
+
+
+def set_aside_newer(run: Path, step: int | None) -> None:
+    """Rename the checkpoints after `step`, which are damaged, to damaged-step-...
+
+    Args:
+        run: its folder.
+        step: that a run goes on from; None if it begins.
+
+    Raises:
+        InputError: one of them is whole.
+    """
+    for path in checkpoints(run):
+        if step is not None and path.name <= _name(step):
+            continue
+        try:
+            Checkpoint.load(path)
+        except InputError:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        else:
+            raise InputError(
+                f"{run} has been trained by another process meanwhile: go on with "
+                f"`{resume_command(run)}`"
+            )
 
 
 def load_latest(run: Path) -> Checkpoint:
@@ -216,68 +288,86 @@ def load_selected(path: Path) -> Checkpoint:
     latest = load_latest(path)
     if latest.best is None or latest.best.step == latest.step:
         return latest
-    return Checkpoint.load(path / "checkpoints" / f"step-{latest.best.step:08d}")
+    try:
+        return Checkpoint.load(path / "checkpoints" / _name(latest.best.step))
+    except InputError as error:
+        raise InputError(
+            f"{error}. It is the one with the best Recall@1 ({latest.best.recall_at_1:.3f}); the "
+            f"newest is whole: `{typed('eval', latest.path)}` scores that"
+        ) from None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors; its hyper-parameters come from the configuration."""
-    return {
+def training_tensors(
+    optimizer: torch.optim.Optimizer, metric_loss: nn.Module | None
+) -> dict[str, Tensor]:
+    """What training needs beside the network; hyper-parameters come from the configuration."""
+    tensors = {
         f"optimizer.{index}.{name}": torch.as_tensor(value)
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
         if value is not None
     }
+    if metric_loss is not None:
+        own = metric_loss.state_dict()
+        tensors |= {f"metric_loss.{name}": value for name, value in own.items()}
+    return tensors
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimiser the state that `optimizer_tensors` took."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            index, _, name = rest.partition(".")
-            state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _read_meta(path: Path) -> _Meta:
-    try:
-        return _Meta.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} is no checkpoint: {path.name} is missing") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        what = ": ".join([*map(str, problem["loc"]), problem["msg"]])
+    if not path.exists():
+        raise InputError(f"{path.parent} is no checkpoint: {path.name} is missing")
+    values = read_json(path)
+    if values.get("format") == 1:
+        values = _from_format_1(values)
+    format = values.get("format")
+    if isinstance(format, int) and format > _FORMAT:
         raise InputError(
-            f"{path} is damaged or of another version of abe ({what}): use another checkpoint, or "
-            "train anew"
-        ) from None
+            f"{path} is of format {format}, and this version of abe reads up to {_FORMAT}: use a "
+            "newer one, or another checkpoint"
+        )
+    try:
+        meta = _Meta.model_validate_json(json.dumps(values))
+    except (ValidationError, RecursionError) as error:
+        what = "it is too deep"
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            what = ": ".join([*map(str, problem["loc"]), problem["msg"]])
+        raise InputError(f"{path} is damaged ({what}): {_ADVICE}") from None
+    if meta.checksum != _checksum(values):
+        raise _changed(path)
+    return meta
+
+
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """What format 2 says in its place; nothing tells whether meta.json is as it was written."""
+    values = values | {"format": 2}
+    return values | {"checksum": _checksum(values)}
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of what meta.json says but for this itself."""
+    said = {key: value for key, value in meta.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _verified(path: Path, meta: _Meta) -> dict[str, Tensor]:
-    advice = "use another checkpoint, or train anew"
     try:
         if _sha256(path) == meta.sha256.get(path.name):
             return load_file(path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path} cannot be read ({reason}): {advice}") from None
-    raise InputError(f"{path} was changed or cut since it was written: {advice}")
+        raise InputError(f"{path} cannot be read ({reason}): {_ADVICE}") from None
+    raise _changed(path)
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(f"{path} was changed or cut since it was written: {_ADVICE}")
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the file's or folder's contents reach the disk before what follows."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

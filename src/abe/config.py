@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from abe.errors import InputError
 
@@ -115,6 +122,9 @@ class TrainConfig(_Section):
     decay_factor: float = Field(0.1, gt=0, le=1)
     clip_norm: float | None = Field(None, gt=0)  # of the whole gradient
 
+    activation_checkpointing: bool = False  # a quarter of the memory, a third more time
+    chunk_size: int | None = Field(None, ge=1)  # images embedded at a time; None: the whole batch
+
     eval_every: int = Field(1000, ge=1)  # steps between evaluations, each with a checkpoint
     log_every: int = Field(10, ge=1)
 
@@ -143,9 +153,18 @@ class Config(_Section):
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     ranks_timeout: float = Field(60.0, gt=0)  # seconds a step waits for the slowest process
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _names_in_a_row(cls, value: Any) -> Any:
+        """--set tracking=mlflow,wandb and tracking=none, beside lists."""
+        if isinstance(value, str):
+            return [name.strip() for name in value.split(",")]
+        return () if value is None else value
 
     @model_validator(mode="after")
     def _backbone_takes_the_crop(self) -> Self:
@@ -200,9 +219,12 @@ class Config(_Section):
     def portable(self) -> dict[str, Any]:
         """What decides a result, without what only says where and how fast it was computed."""
         values = self.to_json()
-        del values["device"], values["ranks_timeout"]
+        for key in ("device", "ranks_timeout", "tracking"):
+            del values[key]
         for key in ("root", "allow_partial", "workers", "cache"):
             del values["data"][key]
+        for key in ("activation_checkpointing", "chunk_size"):
+            del values["train"][key]
         values["data"]["source"] = PurePath(self.data.source).name
         if self.model.weights is not None:
             values["model"]["weights"] = PurePath(self.model.weights).name

@@ -19,7 +19,7 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
-from abe.metrics import KS, map_at_r, nmi, r_precision, recall_at_k
+from abe.metrics import KS, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
 from abe.results import result_record
@@ -91,6 +91,7 @@ def evaluate_test(
     weights: dict[str, str] | None = None,
     method: str | None = None,
     facts: dict[str, Any] | None = None,
+    precision: Precision | None = None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Embed and score the test images of a run, against their gallery or among themselves.
@@ -106,11 +107,12 @@ def evaluate_test(
         weights: origin of the pretrained start.
         method: name of an embedder that is no trained network.
         facts: what the record says of the data, if not `splits.describe()`.
+        precision: if not as `config` says.
         ranks: the processes that take part, and the device, if not as `config` says.
     """
     ranks = ranks or Ranks(config.device, config.ranks_timeout)
     device = ranks.device
-    precision: Precision = ranks.from_first(choose_precision(config.precision, device))
+    precision = precision or ranks.from_first(choose_precision(config.precision, device))
 
     def embedded(images: LabelledImages) -> Tensor:
         return ranks.collect(
@@ -239,12 +241,7 @@ def metrics(
         "recall@K", "map@r" and "r_precision"; and "nmi", unless there is a gallery, of which it
         knows nothing, or more than 1,000 classes, whose k-means would take hours. Fractions.
     """
-    against = {"gallery": gallery, "gallery_labels": gallery_labels}
-    recall = recall_at_k(embeddings, labels, ks, **against)
-    found = {f"recall@{k}": value for k, value in recall.items()} | {
-        "map@r": map_at_r(embeddings, labels, **against),
-        "r_precision": r_precision(embeddings, labels, **against),
-    }
+    found = retrieval_metrics(embeddings, labels, ks, gallery, gallery_labels)
     if gallery is None and len(labels.unique()) <= NMI_CLASSES:
         found["nmi"] = nmi(embeddings, labels)
     return found

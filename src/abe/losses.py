@@ -10,10 +10,11 @@ computed in float32 whatever autocast says; float64 embeddings stay float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from abe.errors import InputError
 
@@ -106,17 +107,20 @@ def contrastive_loss(
         raise InputError(
             f"labels have shape {tuple(labels.shape)}: expected ({num_images},), one for each image"
         )
-    squared = _squared_distances(embeddings.transpose(0, 1))  # (M, B, B)
-    positive = labels.unsqueeze(0) == labels.unsqueeze(1)  # (B, B)
-    attraction = squared.masked_fill(~positive, 0)
-    repulsion = (margin - squared).relu().masked_fill(positive, 0)
-    attraction_sum, repulsion_sum = attraction.sum((1, 2)), repulsion.sum((1, 2))
-    if normalization == "balanced":
-        num_positive = positive.sum() - num_images
-        num_active = repulsion.count_nonzero((1, 2))
-        return attraction_sum / num_positive.clamp(min=1) + repulsion_sum / num_active.clamp(min=1)
-    total = attraction_sum + repulsion_sum
-    return total / num_images if normalization == "per_image" else total
+    vectors = embeddings.transpose(0, 1)
+    squared = _squared_distances(vectors)  # (M, B, B)
+    positive = (labels.unsqueeze(0) == labels.unsqueeze(1)).to(squared.dtype)  # (B, B)
+    active = _below(squared, margin).mul_(1 - positive)
+    num_active = active.sum((1, 2))
+    pull = push = torch.ones_like(num_active)  # weights of a pair, (M,)
+    if normalization == "per_image":
+        pull = push = pull / num_images
+    elif normalization == "balanced":
+        pull = pull / (positive.sum() - num_images).clamp(min=1)
+        push = push / num_active.clamp(min=1)
+    # A sum of distances: those of positive pairs, and minus those of active negative ones.
+    weights = active.mul_(-push[:, None, None]).addcmul_(positive, pull[:, None, None])
+    return _weighted_distances(vectors, squared, weights) + margin * push * num_active
 
 
 def divergence_loss(
@@ -148,8 +152,10 @@ def divergence_loss(
     _check_embeddings(embeddings)
     _check_normalization(normalization, DivergenceNormalization)
     num_images, num_learners, _ = embeddings.shape
-    hinge = (margin - _squared_distances(embeddings)).relu()  # (B, M, M)
-    total = 2 * hinge.triu(diagonal=1).sum()  # p < q stands for (p, q) and (q, p)
+    squared = _squared_distances(embeddings)  # (B, M, M)
+    itself = torch.eye(num_learners, dtype=squared.dtype, device=squared.device)
+    active = _below(squared, margin).mul_(1 - itself)
+    total = margin * active.sum() - _weighted_distances(embeddings, squared, active).sum()
     if normalization == "sum":
         return total
     if normalization == "per_image":
@@ -157,18 +163,56 @@ def divergence_loss(
     return total / (num_images * max(num_learners * (num_learners - 1), 1))
 
 
+@torch.no_grad()
 def _squared_distances(vectors: Tensor) -> Tensor:
     """Squared Euclidean distances within each set of n vectors; (*, n, d) -> (*, n, n).
 
-    Rounding can leave a distance between nearly equal vectors just below 0. It is not clamped, so
-    that its gradient stays the difference of the two.
+    Rounding can leave a distance between nearly equal vectors just below 0.
     """
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     with torch.autocast(vectors.device.type, enabled=False):
         gram = vectors @ vectors.mT
     # The norms come from the same product, so that the diagonal is exactly 0.
-    norms = gram.diagonal(dim1=-2, dim2=-1)
-    return norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram
+    norms = gram.diagonal(dim1=-2, dim2=-1).clone()
+    return gram.mul_(-2).add_(norms.unsqueeze(-1)).add_(norms.unsqueeze(-2))
+
+
+def _below(squared: Tensor, margin: float) -> Tensor:
+    """1 where a distance is below the margin, 0 elsewhere; in its type, which is quicker."""
+    return squared.clone().lt_(margin)
+
+
+def _weighted_distances(vectors: Tensor, squared: Tensor, weights: Tensor) -> Tensor:
+    """Sum of w_ij |v_i - v_j|^2 over i and j, for each set of n vectors.
+
+    Args:
+        vectors: (*, n, d), where the gradient goes.
+        squared: `_squared_distances` of them; its memory is used.
+        weights: (*, n, n), symmetric constants.
+
+    Returns:
+        (*,)
+    """
+    value = squared.mul_(weights).sum((-2, -1))
+    total: Tensor = _WeightedDistances.apply(vectors, weights, value)
+    return total
+
+
+class _WeightedDistances(torch.autograd.Function):
+    """Gives the value, and as its gradient 4 sum_j w_ij (v_i - v_j): a single matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors, weights)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        vectors, weights = ctx.saved_tensors
+        exact = vectors.to(weights.dtype)
+        pulls = weights.sum(-1, keepdim=True) * exact - weights @ exact
+        return (pulls * (4 * gradient[..., None, None])).to(vectors.dtype), None, None
 
 
 def _check_embeddings(embeddings: Tensor) -> None:

@@ -5,14 +5,15 @@ rows of unit length, such as `concat` gives, that is the order of the inner prod
 
 Queries are compared with a gallery, or among themselves, where each leaves itself out by index.
 Queries that no other image matches cannot be answered: they are left out of the mean, and a
-warning counts them. Equal distances are ordered by gallery index.
+warning counts them. Equal distances are ordered by gallery index. Recall@K is exact, see
+`abe.ranking`; what looks at R neighbours takes their distances as float32 gives them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from abe.errors import InputError
 from abe.neighbors import nearest_neighbors
+from abe.ranking import match_ranks
 
 Array = Tensor | NDArray[Any]  # labels may be of any kind that can be sorted: numbers, strings
 KS = (1, 2, 4, 8)  # of Tables 1 to 5
@@ -51,11 +53,8 @@ def recall_at_k(
         InputError: a K below 1 or above the number of candidates, no list of Ks or an empty one, no
             query with a match, no images, shapes that do not fit, embeddings that are not finite.
     """
-    wanted = list(ks) if isinstance(ks, Iterable) else []
-    if not wanted or not all(isinstance(k, int | np.integer) and k >= 1 for k in wanted):
-        raise InputError(f"ks={ks}: give at least one K, each 1 or more, as in [1, 2, 4, 8]")
-    matches, _ = _matches(query, query_labels, gallery, gallery_labels, max(wanted))
-    return {k: matches[:, :k].any(1).double().mean().item() for k in wanted}
+    wanted = _checked_ks(ks)
+    return _recall(_retrieval(query, query_labels, gallery, gallery_labels), wanted)
 
 
 def r_precision(
@@ -72,8 +71,7 @@ def r_precision(
     Returns:
         The mean over the queries that have a match, between 0 and 1.
     """
-    matches, relevant = _matches(query, query_labels, gallery, gallery_labels)
-    return (matches.sum(1) / relevant).mean().item()
+    return _r_precision(*_matches(_retrieval(query, query_labels, gallery, gallery_labels)))
 
 
 def map_at_r(
@@ -91,10 +89,31 @@ def map_at_r(
     Returns:
         The mean over the queries that have a match, between 0 and 1.
     """
-    matches, relevant = _matches(query, query_labels, gallery, gallery_labels)
-    ranks = torch.arange(1, matches.shape[1] + 1, device=matches.device)
-    precision = matches.cumsum(1) / ranks.double()
-    return ((precision * matches).sum(1) / relevant).mean().item()
+    return _map_at_r(*_matches(_retrieval(query, query_labels, gallery, gallery_labels)))
+
+
+def retrieval_metrics(
+    query: Array,
+    query_labels: Array,
+    ks: Iterable[int],
+    gallery: Array | None = None,
+    gallery_labels: Array | None = None,
+) -> dict[str, float]:
+    """Recall@K, MAP@R and R-precision with one search less than one by one.
+
+    Arguments and errors are those of `recall_at_k`.
+
+    Returns:
+        "recall@K" for each K, "map@r" and "r_precision".
+    """
+    wanted = _checked_ks(ks)
+    retrieval = _retrieval(query, query_labels, gallery, gallery_labels)
+    found = {f"recall@{k}": share for k, share in _recall(retrieval, wanted).items()}
+    matches, relevant = _matches(retrieval)
+    return found | {
+        "map@r": _map_at_r(matches, relevant),
+        "r_precision": _r_precision(matches, relevant),
+    }
 
 
 def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
@@ -122,33 +141,41 @@ def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
     return float(normalized_mutual_info_score(labels, clusters))
 
 
-def _matches(
+class _Retrieval(NamedTuple):
+    """Who is looked for where."""
+
+    query: Tensor
+    """(Q, D)."""
+    query_classes: Tensor
+    """(Q,), from 0."""
+    gallery: Tensor | None
+    """(N, D)."""
+    item_classes: Tensor
+    """(N,); the queries' without a gallery."""
+    relevant: Tensor
+    """(Q,), R: how many gallery items match."""
+
+
+def _retrieval(
     query: Array,
     query_labels: Array,
     gallery: Array | None,
     gallery_labels: Array | None,
-    k: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Which neighbours have the query's label, for the queries that have a match.
-
-    Returns:
-        matches (Q', k), nearest first, and R (Q',), how many gallery items match, in float64.
-        Without k it is the largest R, and a query's matches beyond its own R are False.
-    """
+) -> _Retrieval:
+    """Check, number the classes, and warn the caller's caller of queries without a match."""
     if (gallery is None) != (gallery_labels is None):
         raise InputError("gallery and gallery_labels: give both or neither")
     query, query_labels = _checked(query, query_labels, "query")
-    items, item_labels = query, query_labels
+    items, item_labels = None, query_labels
     if gallery is not None and gallery_labels is not None:
         items, item_labels = _checked(gallery, gallery_labels, "gallery")
 
     names, inverse = np.unique(np.concatenate([query_labels, item_labels]), return_inverse=True)
     classes = torch.as_tensor(inverse, device=query.device)
-    query_classes, item_classes = classes.split([len(query), len(items)])
+    query_classes, item_classes = classes.split([len(query_labels), len(item_labels)])
     class_sizes = item_classes.bincount(minlength=len(names))
-    relevant = class_sizes[query_classes] - int(gallery is None)  # (Q,)
-    answerable = relevant > 0
-    num_left_out = int((~answerable).sum())
+    relevant = class_sizes[query_classes] - int(gallery is None)
+    num_left_out = int((relevant == 0).sum())
     if num_left_out == len(query):
         raise InputError(f"none of the {len(query)} queries has its label in the gallery")
     if num_left_out:
@@ -157,16 +184,45 @@ def _matches(
             "they are left out of the mean",
             stacklevel=3,
         )
+    return _Retrieval(query, query_classes, items, item_classes, relevant)
 
-    depth = int(relevant.max()) if k is None else k
-    indices = nearest_neighbors(
-        query, None if gallery is None else items, depth, similarity="euclidean"
-    ).indices
-    matches = (item_classes[indices] == query_classes.unsqueeze(1))[answerable]
-    relevant = relevant[answerable]
-    if k is None:
-        matches &= torch.arange(depth, device=matches.device) < relevant.unsqueeze(1)
-    return matches, relevant.double()
+
+def _recall(retrieval: _Retrieval, ks: Sequence[int]) -> dict[int, float]:
+    query, query_classes, gallery, item_classes, relevant = retrieval
+    ranks = match_ranks(query, query_classes, gallery, item_classes, max(ks))[relevant > 0]
+    return {k: (ranks < k).double().mean().item() for k in ks}
+
+
+def _matches(retrieval: _Retrieval) -> tuple[Tensor, Tensor]:
+    """Which of its R nearest have the query's label, for the queries that have a match.
+
+    Returns:
+        matches (Q', largest R), nearest first, and R (Q',) in float64. Beyond a query's own R
+        matches are False.
+    """
+    query, query_classes, gallery, item_classes, relevant = retrieval
+    depth = int(relevant.max())
+    indices = nearest_neighbors(query, gallery, depth, similarity="euclidean").indices
+    matches = item_classes[indices] == query_classes.unsqueeze(1)
+    matches &= torch.arange(depth, device=matches.device) < relevant.unsqueeze(1)
+    return matches[relevant > 0], relevant[relevant > 0].double()
+
+
+def _r_precision(matches: Tensor, relevant: Tensor) -> float:
+    return (matches.sum(1) / relevant).mean().item()
+
+
+def _map_at_r(matches: Tensor, relevant: Tensor) -> float:
+    ranks = torch.arange(1, matches.shape[1] + 1, device=matches.device)
+    precision = matches.cumsum(1) / ranks.double()
+    return ((precision * matches).sum(1) / relevant).mean().item()
+
+
+def _checked_ks(ks: Iterable[int]) -> list[int]:
+    wanted = list(ks) if isinstance(ks, Iterable) else []
+    if not wanted or not all(isinstance(k, int | np.integer) and k >= 1 for k in wanted):
+        raise InputError(f"ks={ks}: give at least one K, each 1 or more, as in [1, 2, 4, 8]")
+    return wanted
 
 
 def _checked(embeddings: Array, labels: Array, name: str) -> tuple[Tensor, NDArray[Any]]:

@@ -58,20 +58,8 @@ def nearest_neighbors(
     if similarity not in get_args(Similarity):
         names = ", ".join(map(repr, get_args(Similarity)))
         raise InputError(f"similarity {similarity!r}: choose one of {names}")
-    query = _checked(query, "query")
     leave_out_self = gallery is None
-    gallery = query if gallery is None else _checked(gallery.to(query.dtype), "gallery")
-    if query.shape[1] != gallery.shape[1]:
-        raise InputError(
-            f"query has {query.shape[1]} columns and gallery {gallery.shape[1]}: "
-            "they must come from the same model"
-        )
-    candidates = len(gallery) - leave_out_self
-    if k < 1:
-        raise InputError(f"k={k}: ask for at least 1 neighbour")
-    if k > candidates:
-        raise InputError(f"k={k}, but a query has only {max(candidates, 0)} candidates")
-
+    query, gallery = checked_search(query, gallery, k)
     norms = gallery.square().sum(1)
     if similarity == "euclidean":
         # The item nearest to the mean, and not the mean, so that exact numbers stay exact.
@@ -103,6 +91,28 @@ def nearest_neighbors(
         scores -= query.square().sum(1, keepdim=True)
         scores.clamp_(max=0)
     return Neighbors(scores, indices)
+
+
+def checked_search(query: Tensor, gallery: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Queries and gallery items as they are compared, in float32 or float64 as the query is.
+
+    Raises:
+        InputError: as `nearest_neighbors` does.
+    """
+    query = _checked(query, "query")
+    leave_out_self = gallery is None
+    gallery = query if gallery is None else _checked(gallery.to(query.dtype), "gallery")
+    if query.shape[1] != gallery.shape[1]:
+        raise InputError(
+            f"query has {query.shape[1]} columns and gallery {gallery.shape[1]}: "
+            "they must come from the same model"
+        )
+    candidates = len(gallery) - leave_out_self
+    if k < 1:
+        raise InputError(f"k={k}: ask for at least 1 neighbour")
+    if k > candidates:
+        raise InputError(f"k={k}, but a query has only {max(candidates, 0)} candidates")
+    return query, gallery
 
 
 def _top_leftmost(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,10 @@ class Ranks:
                 network.zero_grad()
         return wrapped
 
+    def apart(self, network: Any) -> contextlib.AbstractContextManager[None]:
+        """Where a backward pass of a wrapped network leaves its gradients on this rank."""
+        return self.fabric.no_backward_sync(network)
+
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """The rows of all ranks in order, without their graph; (own, ...) -> (count, ...).
 

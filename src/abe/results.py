@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,19 @@ from typing import Any
 from rich import box
 from rich.table import Column, Table
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
-from abe.runtime import append_json_line, read_json_lines, resume_command, typed, write_json
+from abe.runtime import (
+    append_json_line,
+    read_json_lines,
+    resume_command,
+    typed,
+    write_json,
+    write_tensors,
+)
 
 
 def method_name(config: Config) -> str:
@@ -101,11 +106,10 @@ def write_result(
     writing = saved
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, saved)
+        write_tensors(saved, tensors)
         writing = result
         write_json(result, record)
-        shutil.copymode(result, saved)  # save_file leaves it readable by its owner alone
-    except (OSError, SafetensorError) as error:  # the latter of an OSError in save_file
+    except (OSError, SafetensorError) as error:  # the latter of an OSError in safetensors
         kept = (
             f"; the run's checkpoints are kept: `{resume_command(folder)}` scores and writes it "
             f"again, `{typed('eval', folder)}` scores alone"
@@ -133,7 +137,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         try:
             markdown_table(summarize([record]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{path}, line {number} is no result of `abe train` or `abe eval` ({error!r}): "
                 "remove it"

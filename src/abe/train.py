@@ -16,12 +16,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -32,13 +35,15 @@ from abe.checkpoint import (
     checkpoints,
     load_latest,
     load_selected,
-    optimizer_tensors,
     remove_superseded,
-    restore_optimizer,
     save_checkpoint,
+    set_aside_newer,
+    training_tensors,
 )
+from abe.chunks import backward_in_chunks, embed_in_chunks
 from abe.config import Config, TrainConfig
-from abe.data.datasets import LabelledImages
+from abe.data.datasets import PROGRESS_SECONDS, LabelledImages
+from abe.data.decode import ReadingError
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
@@ -57,25 +62,34 @@ from abe.runtime import (
     autocast,
     choose_precision,
     environment,
+    flush,
+    locked,
+    make_folder,
     read_json,
     read_json_lines,
     replace_text,
     resume_command,
+    seed_step,
     typed,
     write_json,
 )
 from abe.start import start
+from abe.tracking import Tracking, open_tracking, require_packages
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
+LOG = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"  # of a run: held by the process that trains it
 
 
 class Trainer:
     """Trains the network of a configuration in a run folder.
 
     The folder receives config.json, environment.json, images.json (which ones, and the classes that
-    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, checkpoints/ and
-    at the end result.json and embeddings.safetensors (the test images', (N, M, d)). Where there are
-    fewer classes than a class-balanced batch asks for, batches are smaller.
+    are learned), weights.txt (what the pretrained start reached), metrics.jsonl, what trackers keep
+    there (`abe.tracking`), checkpoints/ and at the end result.json and embeddings.safetensors (the
+    test images', (N, M, d)). Where there are fewer classes than a class-balanced batch asks for,
+    batches are smaller.
 
     Args:
         config: the run.
@@ -107,16 +121,22 @@ class Trainer:
             )
         self.config = config.anchored()
         self.run = run
+        self.tracking = Tracking({})
+        require_packages(config.tracking)
         self.ranks = Ranks(config.device, config.ranks_timeout)
+        if self.ranks.first and (run / LOCK).exists():
+            with _alone(run):
+                pass  # who is too late is told before images are read
         self.device = self.ranks.device
         self.console = (
             (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
         )
-        precision = choose_precision(config.precision, self.device)
-        self.precision: Precision = self.ranks.from_first(precision)
+        self.precision = self._choose_precision(checkpoint)
         # What takes long comes last: a mistake in the settings is told before images are read.
         self.start = start(config)
-        _require_no_batch_statistics(self.start.model, self.ranks)
+        _require_no_batch_statistics(self.start.model, self.ranks, config.train)
+        if config.train.activation_checkpointing:
+            self.start.model.checkpoint_activations()
         self.splits: Splits = open_splits(
             config.data, config.protocol, self.console, check=self.ranks.first_here
         )
@@ -139,14 +159,24 @@ class Trainer:
         self.network = self.ranks.wrap(self.model, torch.zeros(1, 3, *2 * [config.data.crop]))
         self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
-        self.optimizer = _optimizer(
-            config.train, self.model, self.metric_loss, self.start.new_layers
-        )
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
         self.best: Best | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _choose_precision(self, checkpoint: Checkpoint | None) -> Precision:
+        """The same on all ranks, and on a device the same after an interruption as before it."""
+        name = self.config.precision
+        if checkpoint is not None and checkpoint.config.device == self.config.device:
+            name = _recorded_precision(self.run) if name == "auto" else name
+        chosen: Precision = self.ranks.from_first(choose_precision(name, self.device))
+        return chosen
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first asked for: torch imports its compiler for it, which takes long."""
+        train, new_layers = self.config.train, self.start.new_layers
+        return _optimizer(train, self.model, self.metric_loss, new_layers)
 
     @classmethod
     def resume(
@@ -177,10 +207,17 @@ class Trainer:
             it is saved then and `resume` goes on.
 
         Raises:
-            InputError: the loss or a gradient is not finite; the message names the step and the
-                batch's files.
+            InputError: the loss or a gradient is not finite, and the message names the step and
+                the batch's files; a file of the run cannot be written; or another process trains
+                it, or has gone on with it since this trainer was made.
         """
-        go_on = go_on or resume_command(self.run)
+        with _alone(self.run) if self.ranks.first else contextlib.nullcontext():
+            if self.ranks.first:
+                set_aside_newer(self.run, None if self.best is None else self.step)
+            self.ranks.wait()
+            return self._fit(go_on or resume_command(self.run))
+
+    def _fit(self, go_on: str) -> dict[str, Any] | None:
         self._begin()
         try:
             if not self._train(go_on):
@@ -204,10 +241,24 @@ class Trainer:
                 f"a process that reads images was ended ({error}): see to the memory, or lower "
                 "data.workers" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
             ) from None
+        except OSError as error:
+            if error.filename is None or isinstance(error, ReadingError):
+                raise
+            raise InputError(
+                f"{error.filename} cannot be written ({error.strerror}): make room for it or see "
+                "to its permissions" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+            ) from None
 
     def _train(self, go_on: str) -> bool:
         """Train to the last step; False if a signal stopped it before, when it is saved."""
-        with StopSignal().listening() as stop, self._progress() as advance:
+        if self.best is None:
+            self._say_first_loss()
+        done = None if self.best is None else self.step
+        with (
+            self._open_tracking(done) as self.tracking,
+            StopSignal().listening() as stop,
+            self._progress() as advance,
+        ):
             if self.best is None:
                 self._evaluate_and_save()
             for batch in training_batches(
@@ -221,8 +272,8 @@ class Trainer:
                 pin_memory=self.device.type == "cuda",
                 part=self.ranks.part,
             ):
-                self.train_step(batch)
-                advance(self.step)
+                loss = self.train_step(batch)
+                advance(self.step, loss.total.item())
                 stopped = self.ranks.any(stop.received is not None)
                 if (
                     self.step == self.config.train.steps
@@ -239,6 +290,39 @@ class Trainer:
                     return False
         return True
 
+    def _open_tracking(self, done: int | None) -> AbstractContextManager[Tracking]:
+        if self.ranks.first:
+            return open_tracking(self.run, self.config, done)
+        return contextlib.nullcontext(self.tracking)
+
+    def _say_first_loss(self) -> None:
+        """Print the loss of the first step before anything is trained, and leave no trace of it.
+
+        The evaluation before the first step may take long; whether the run is sound shows here.
+        """
+        (batch,) = training_batches(
+            self.splits.train,
+            self.sampler,
+            self.preprocessing,
+            seed=self.config.seed,
+            start_step=0,
+            stop_step=1,
+            part=self.ranks.part,
+        )
+        self.model.train()
+        modules = [module for module in (self.model, self.metric_loss) if module is not None]
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):
+            size = self.config.train.chunk_size or len(batch.images)
+            own = embed_in_chunks(self._embed, batch.images, size)
+            raw = self.ranks.gather(own, len(batch.labels))
+            loss, _ = self._loss(raw, batch.labels)
+            for buffer, value in zip(buffers, before, strict=True):  # as batch norm's statistics
+                buffer.copy_(value)
+        self._say(f"step {0:>6}  loss {loss.total.item():.4f} on the first batch")
+
     def train_step(self, batch: Batch) -> EnsembleLoss:
         """One step of the optimiser on Eq. 8; the learning rate is the schedule's at this step.
 
@@ -253,18 +337,22 @@ class Trainer:
         logged = self.ranks.first and self.step % train.log_every == 0
         self.model.train()
         gates = GateStatistics(self.model) if logged else None
+        seed_step(self.config.seed, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        own = self._embed(batch.images)  # (B / N, M, d)
+        if train.chunk_size is None:
+            own = self._embed(batch.images)  # (B / N, M, d)
+        else:
+            own = embed_in_chunks(self._embed, batch.images, train.chunk_size)
         raw = self.ranks.gather(own, len(batch.labels)).requires_grad_()  # (B, M, d)
         loss, embeddings = self._loss(raw, batch.labels)
         if not math.isfinite(loss.total.item()):
             self._refuse(f"the loss is {loss.total.item()}", batch)
 
         factor = lr_factor(self.step, train)
-        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base_lr * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         loss.total.backward()
-        self._backward(own, raw)
+        self._backward(batch.images, own, raw)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, train.clip_norm or math.inf)
         if not math.isfinite(grad_norm.item()):
@@ -317,18 +405,24 @@ class Trainer:
         )
         return loss, embeddings
 
-    def _backward(self, own: Tensor, raw: Tensor) -> None:
+    def _backward(self, images: Tensor, own: Tensor, raw: Tensor) -> None:
         """From the loss's gradient of all embeddings to that of the weights, on every rank.
 
         Args:
+            images: of this rank, to be embedded again in chunks if `own` has no graph.
             own: (B / N, M, d), this rank's embeddings with their graph.
             raw: (B, M, d), those of all, with the gradient of the loss.
         """
         assert raw.grad is not None
-        gradient = raw.grad[share(len(raw), self.ranks.part)]
+        # The wrapped network takes the mean over the ranks; the batch's gradient is the sum.
+        gradient = raw.grad[share(len(raw), self.ranks.part)] * self.ranks.size
+        size = self.config.train.chunk_size
         with self.ranks.connected():
-            # The wrapped network takes the mean over the ranks; the batch's gradient is the sum.
-            own.backward(gradient * self.ranks.size)
+            if size is None:
+                own.backward(gradient)
+            else:
+                silent = partial(self.ranks.apart, self.network)
+                backward_in_chunks(self._embed, images, gradient, size, silent)
         if self.metric_loss is not None:
             self.ranks.take_gradients(self.metric_loss.parameters())
 
@@ -373,9 +467,8 @@ class Trainer:
     def _begin(self) -> None:
         if not self.ranks.first:
             return
-        self.run.mkdir(parents=True, exist_ok=True)
         if self.best is None:  # the log may be of an attempt that was killed before it saved
-            (self.run / "metrics.jsonl").unlink(missing_ok=True)
+            (self.run / LOG).unlink(missing_ok=True)
             write_json(
                 self.run / IMAGES,
                 {
@@ -384,6 +477,8 @@ class Trainer:
                     "learned_classes": self.splits.learned_classes,
                 },
             )
+        else:
+            self._forget_later_steps()
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
@@ -393,7 +488,7 @@ class Trainer:
             "data": self.splits.describe(),
             "weights": self.start.origin,
         }
-        write_json(self.run / "environment.json", details)
+        write_json(self.run / ENVIRONMENT, details)
         if self.splits.skipped:
             self.console.print(f"{self.splits.skipped} unreadable files are left out")
 
@@ -427,7 +522,7 @@ class Trainer:
                 raise InputError(
                     f"embeddings are not finite after step {self.step}: lower train.lr "
                     f"({self.config.train.lr}), or see which layer is fast in "
-                    f"{self.run / 'metrics.jsonl'}, update_to_weight"
+                    f"{self.run / LOG}, update_to_weight"
                 )
             return concat(embeddings)
 
@@ -437,7 +532,22 @@ class Trainer:
         recall = None
         if self.ranks.first:
             recall = recall_at_k(query, select.labels, [1], *against)[1]
+            self._track_pictures(query, *against[:1])
         return float(self.ranks.from_first(recall))
+
+    def _track_pictures(self, embeddings: Tensor, gallery: Tensor | None = None) -> None:
+        """What learners look at and what a few of the protocol's images find, for the trackers."""
+        if not self.tracking:
+            return
+        from abe.report.pictures import mask_sheet, neighbor_sheet
+
+        select = self.splits.select
+        if self.model.attention_heads is not None:
+            masks = mask_sheet(self.model.eval(), self.preprocessing, select)
+            self.tracking.images(self.step, "masks", masks)
+        found = neighbor_sheet(select, embeddings, self.splits.select_gallery, gallery)
+        if found is not None:
+            self.tracking.images(self.step, "neighbours", found)
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -445,11 +555,8 @@ class Trainer:
         self.ranks.wait()
 
     def _write_checkpoint(self) -> None:
-        training = optimizer_tensors(self.optimizer)
-        training["torch_rng"] = torch.get_rng_state()
-        if self.metric_loss is not None:
-            state = self.metric_loss.state_dict()
-            training |= {f"metric_loss.{key}": value for key, value in state.items()}
+        for path in (self.run / LOG, self.run):  # after a power cut, it has the checkpoint's steps
+            flush(path)
         save_checkpoint(
             self.run / "checkpoints",
             step=self.step,
@@ -458,26 +565,27 @@ class Trainer:
             weights=self.start.origin,
             best=self.best,
             model=self.model.state_dict(),
-            training=training,
+            training=training_tensors(self.optimizer, self.metric_loss),
         )
         remove_superseded(self.run, keep=self.best)
+        self.tracking.saved(self.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        own, begun_with = self.start.origin, checkpoint.weights
+        if (own and own["sha256"]) != (begun_with and begun_with["sha256"]):
+            raise InputError(
+                f"{self.config.model.weights}: not the pretrained start that {self.run} was begun "
+                "with: put that back, or train a new run"
+            )
         self.step, self.best = checkpoint.step, checkpoint.best
         self.preprocessing = checkpoint.preprocessing
         checkpoint.load_into(self.model)
-        restore_optimizer(self.optimizer, checkpoint.training)
-        if self.metric_loss is not None:
-            prefix = "metric_loss."
-            own = {k: v for k, v in checkpoint.training.items() if k.startswith(prefix)}
-            self.metric_loss.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
-        torch.set_rng_state(checkpoint.training["torch_rng"])
-        if not self.ranks.first:
-            return
-        log = self.run / "metrics.jsonl"
-        lines = read_json_lines(log, cut_off=True)
-        kept = [line for line in lines if line.get("step", 0) <= self.step]
-        replace_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+        checkpoint.load_training_into(self.optimizer, self.metric_loss)
+
+    def _forget_later_steps(self) -> None:
+        """Cut the log where the checkpoint is; what comes after it is done and logged again."""
+        kept = read_log(self.run / LOG, self.step)
+        replace_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
         selected = load_selected(self.run)
@@ -491,6 +599,7 @@ class Trainer:
             self.preprocessing,
             best=self.best,
             weights=self.start.origin,
+            precision=self.precision,
             ranks=self.ranks,
         )
         if self.ranks.first:
@@ -506,50 +615,76 @@ class Trainer:
 
     def _log(self, **values: Any) -> None:
         if self.ranks.first:
-            append_json_line(self.run / "metrics.jsonl", {"step": self.step, **values})
+            append_json_line(self.run / LOG, {"step": self.step, **values})
+            self.tracking.log(self.step, values)
 
     @contextlib.contextmanager
-    def _progress(self) -> Iterator[Callable[[int], None]]:
+    def _progress(self) -> Iterator[Callable[[int, float], None]]:
+        """Show how far it is: a bar on a terminal, elsewhere a line a minute with the loss."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
         off = not self.console.is_terminal  # where it would leave an empty line
         with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
             task = progress.add_task(
-                "training", total=self.config.train.steps, completed=self.step, rate=""
+                "training", total=self.config.train.steps, completed=self.step, loss="", rate=""
             )
             started, first = time.perf_counter(), self.step
+            told = started if self.best is None else -math.inf  # the first loss was told by itself
 
-            def advance(step: int) -> None:
-                per_second = (step - first) / (time.perf_counter() - started)
+            def advance(step: int, loss: float) -> None:
+                nonlocal told
+                now = time.perf_counter()
+                per_second = (step - first) / (now - started)
                 rate = f"{per_second * self.config.train.batch_size:.0f} images/s"
-                progress.update(task, completed=step, rate=rate)
+                shown = f"loss {loss:.4f}"
+                progress.update(task, completed=step, loss=shown, rate=rate)
+                if off and now - told >= PROGRESS_SECONDS:
+                    told = now
+                    self._say(f"step {step:>6}  {shown}  {rate}")
 
             yield advance
 
 
+def _recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
+    file = run / ENVIRONMENT
+    found = read_json(file).get("precision") if file.exists() else None
+    return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
+
+
+def _alone(run: Path) -> AbstractContextManager[object]:
+    """While it lasts, no other process trains in the run's folder, which is made if need be."""
+    make_folder(run)
+    taken = f"{run} is being trained by another process: wait for it, or give another folder"
+    return locked(run / LOCK, taken)
+
+
 class GateStatistics:
-    """Mean and spread of the attention masks of the next forward pass."""
+    """Mean and spread of the attention masks of a step, whose parts may be computed repeatedly."""
 
     def __init__(self, model: AttentionEnsemble) -> None:
-        self._masks: Tensor | None = None
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of 1, of the masks and of their squares
         heads = model.attention_heads
-        self._hook = None if heads is None else heads.register_forward_hook(self._keep)
+        self._hook = None if heads is None else heads.register_forward_hook(self._add)
 
-    def _keep(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
-        self._masks = masks.detach()
+    def _add(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
+        masks = masks.detach().float()
+        sums = masks.sum(dtype=torch.float64), masks.square().sum(dtype=torch.float64)
+        self._sums += torch.stack([torch.tensor(masks.numel()), *(part.cpu() for part in sums)])
 
     def read(self) -> dict[str, float]:
         """Stop watching; -> "gate_mean" and "gate_std", or nothing without attention."""
-        if self._hook is None or self._masks is None:
+        if self._hook is None:
             return {}
         self._hook.remove()
-        masks = self._masks.float()
-        return {"gate_mean": masks.mean().item(), "gate_std": masks.std().item()}
+        count, total, squares = self._sums.tolist()
+        mean = total / count
+        return {"gate_mean": mean, "gate_std": math.sqrt(max(squares / count - mean**2, 0))}
 
 
 def lr_factor(step: int, train: TrainConfig) -> float:
@@ -589,7 +724,12 @@ def _optimizer(
     if metric_loss is not None:
         groups.setdefault((train.loss_lr_factor, 0.0), []).extend(metric_loss.parameters())
     settings = [
-        {"params": parameters, "lr": train.lr * factor, "weight_decay": decay}
+        {
+            "params": parameters,
+            "lr": train.lr * factor,
+            "initial_lr": train.lr * factor,
+            "weight_decay": decay,
+        }
         for (factor, decay), parameters in groups.items()
         if parameters
     ]
@@ -625,12 +765,14 @@ def _learner_cosine(embeddings: Tensor) -> float | None:
     return between.item() / (num_learners * (num_learners - 1))
 
 
-def _require_no_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Raises InputError for a network with batch norm on several ranks."""
-    if ranks.size > 1 and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
+def _require_no_batch_statistics(model: nn.Module, ranks: Ranks, train: TrainConfig) -> None:
+    """Raises InputError for a network with batch norm whose batches are embedded in parts."""
+    in_parts = ranks.size > 1 or train.chunk_size is not None
+    if in_parts and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         raise InputError(
-            "this backbone has batch norm, whose statistics would be those of each process's part "
-            "of a batch: use model.backbone=googlenet, or a single process"
+            "this backbone has batch norm, whose statistics would be those of each process's or "
+            "chunk's part of a batch: use model.backbone=googlenet, or a single process without "
+            "train.chunk_size"
         )
 
 
@@ -671,7 +813,7 @@ def evaluate_run(
         changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
         if allow_partial:
             changed["allow_partial"] = True
-        own = _images_of(path)
+        own = read_images(path)
         # Nothing is selected: no class has to be held out for it.
         protocol = "paper" if own else config.protocol
         splits = open_splits(
@@ -702,17 +844,50 @@ def _method(path: Path, checkpoint: Checkpoint) -> str | None:
     return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
 
 
-def _images_of(path: Path) -> dict[str, Any] | None:
-    """images.json of a run, or of a checkpoint's run; None if there is none."""
+class _Images(BaseModel):
+    """images.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    digest: str
+    data: dict[str, Any]
+    learned_classes: list[str]
+
+
+def read_images(path: Path) -> dict[str, Any] | None:
+    """images.json of a run, or of a checkpoint's run; None if there is none.
+
+    Raises:
+        InputError: it is not what a run writes; the message names it.
+    """
     for folder in (path, path.parent.parent):
-        if (folder / IMAGES).exists():
-            return read_json(folder / IMAGES)
+        if (file := folder / IMAGES).exists():
+            values = read_json(file)
+            try:
+                _Images.model_validate(values)
+                values["data"]["name"]
+            except (ValidationError, KeyError):
+                raise InputError(f"{file} is not what abe writes: train a new run") from None
+            return values
     return None
+
+
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a step; the last one may be cut off.
+
+    Raises:
+        InputError: it cannot be read, or a line has no step; the message names it.
+    """
+    lines = read_json_lines(path, cut_off=True)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise InputError(f"{path}, line {number} has no step: correct or remove it")
+    return [line for line in lines if line["step"] <= step]
 
 
 def _require_same_images(path: Path, splits: Splits) -> None:
     """Raises InputError unless the images are those that the run at `path` learned and tested."""
-    own = _images_of(path)
+    own = read_images(path)
     if own is not None and own["digest"] != splits.digest:
         raise InputError(
             f"{splits.name}: images or classes were added, removed or renamed since {path} was "

@@ -19,15 +19,17 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Annotated, Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
 
 from abe.data.benchmarks import benchmark_of
@@ -42,10 +44,22 @@ from abe.data.datasets import (
 )
 from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.errors import InputError
+from abe.runtime import locked
 
 VERSION = 1
 SQUARES, INDEX, MANIFEST = "squares.npy", "index.parquet", "prepared.json"
 JOURNAL = "prepared.journal"
+COLUMNS = {  # of the index
+    "path": "binary",
+    "label": "int64",
+    "split": "string",
+    **dict.fromkeys(EDGES, "double"),
+    "size": "int64",
+    "mtime_ns": "int64",
+    "sha256": "string",
+    "square_sha256": "string",
+    "error": "string",
+}
 LINE_BYTES = 1024  # of disk space for each image beside its square: lines of journal and index
 FLUSHED = 256  # images that are done between two writes to the journal
 GOES_ON = "what is done is kept, and the same command goes on with it"
@@ -270,6 +284,7 @@ def _map(folder: Path) -> tuple[PreparedImages, Any]:
         if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
             raise ValueError(f"{INDEX} does not have its checksum")
         index = _read_parquet(content)
+        _require_form(index)
         about = _about(index)
         images = PreparedImages(
             folder,
@@ -281,6 +296,23 @@ def _map(folder: Path) -> tuple[PreparedImages, Any]:
             np.arange(len(index)),
         )
     return images, index
+
+
+def _require_form(index: Any) -> None:
+    """Raises an exception, of whatever kind, unless an index is as `prepare` writes it."""
+    about = _about(index)
+    texts = [about["name"], about["source"], about["sha256"] or ""]
+    texts += [*about["class_names"], *about["stamps"]]
+    numbers = [about["side"], *(about["ks"] or ())]
+    labels = index["label"].to_numpy()
+    if not (
+        {field.name: str(field.type) for field in index.schema} == COLUMNS
+        and not any(index[name].null_count for name in ("path", "label", "square_sha256"))
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int) and number > 0 for number in numbers)
+        and ((labels >= 0) & (labels < len(about["class_names"]))).all()
+    ):
+        raise ValueError(f"{INDEX} is not of its form")
 
 
 def _map_squares(path: Path, expected: tuple[int, int]) -> np.memmap[Any, Any]:
@@ -347,6 +379,13 @@ class _Entry(NamedTuple):
     error: str | None
 
 
+_Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_LINE = TypeAdapter(  # of the journal: an index, and the entry
+    tuple[int, _Int64 | None, _Int64 | None, str | None, str, str | None],
+    config=ConfigDict(strict=True),
+)
+
+
 def _require_outside(folder: Path, paths: Sequence[Path]) -> None:
     images = Path(os.path.commonpath({os.path.abspath(path.parent) for path in paths}))
     if folder.resolve().is_relative_to(images.resolve()):
@@ -399,10 +438,16 @@ def _require_same(folder: Path, index: Any, listing: Any) -> None:
 def _prepare(
     images: ImageFiles, listing: Any, folder: Path, skip_broken: bool, console: Console | None
 ) -> None:
+    if sys.platform == "win32":
+        raise InputError(
+            f"{folder}: images can be prepared on Linux or macOS; what is prepared there can be "
+            "read here"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not is_prepared(folder):
         raise InputError(f"{folder} is not empty: give a new folder")
-    with _locked(folder / JOURNAL) as journal:
+    taken = f"{folder} is being prepared by another process: wait for it"
+    with locked(folder / JOURNAL, taken) as journal:
         if not (folder / MANIFEST).exists():  # else it is finished but for the journal
             _decode(images, listing, folder, journal, skip_broken, console)
         (folder / JOURNAL).unlink(missing_ok=True)
@@ -517,41 +562,21 @@ class _Writer:
 
 
 def _read_journal(journal: BinaryIO) -> dict[int, _Entry]:
-    """The entries that are whole; what an interruption has left of another is cut off."""
+    """The entries that are whole, up to the first that an interruption or damage has left."""
     entries = {}
     journal.seek(0)
     end = 0
     for line in journal:
         try:
-            index, *values = json.loads(line)
-        except ValueError:
+            index, size, mtime_ns, sha256, square_sha256, error = _LINE.validate_json(line)
+        except ValidationError:
             break
         if not line.endswith(b"\n"):
             break
-        entries[index] = _Entry(*values)
+        entries[index] = _Entry(size, mtime_ns, sha256, square_sha256, error)
         end += len(line)
     journal.truncate(end)
     return entries
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file open to be read and appended to, by one process at a time."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        raise InputError(
-            f"{path.parent}: images can be prepared on Linux or macOS; what is prepared there can "
-            "be read here"
-        ) from None
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{path.parent} is being prepared by another process: wait for it"
-            ) from None
-        yield file
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:

@@ -23,7 +23,7 @@ from abe.data.datasets import (
     split_by_class,
 )
 from abe.data.loader import cache_decoded
-from abe.data.prepare import is_prepared, open_prepared
+from abe.data.prepare import PreparedImages, is_prepared, open_prepared
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
 from abe.metrics import KS
@@ -127,7 +127,7 @@ def open_splits(
     count = len(images)
     kept = np.arange(count)
     with progress(console, "reading images", count) as on_progress:
-        if config.cache:
+        if config.cache and not isinstance(images, PreparedImages):  # those are in memory as it is
             images = cached = cache_decoded(
                 images, config.resize, skip_broken=config.skip_broken, on_progress=on_progress
             )

@@ -5,8 +5,11 @@ Shapes: B images, M learners, K channels of the spatial feature, h x w its size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class AttentionHeads(nn.Conv2d):
@@ -24,7 +27,48 @@ class AttentionHeads(nn.Conv2d):
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
-    def forward(self, trunk_features: Tensor) -> Tensor:
-        """(B, C, h, w) -> masks (B, M, K, h, w), every element between 0 and 1."""
-        logits = super().forward(trunk_features)
-        return torch.sigmoid(logits).unflatten(1, (self.num_learners, -1))
+    def forward(self, trunk_features: Tensor, learner: int | None = None) -> Tensor:
+        """(B, C, h, w) -> masks (B, M, K, h, w), every element between 0 and 1.
+
+        Args:
+            trunk_features: C(S(x)).
+            learner: the only one to compute, (B, 1, K, h, w); None for all.
+        """
+        weight, bias = self.weight, self.bias
+        assert bias is not None
+        if learner is not None:
+            weight, bias = (part.chunk(self.num_learners)[learner] for part in (weight, bias))
+        logits = self._conv_forward(trunk_features, weight, bias)
+        return torch.sigmoid(logits).unflatten(1, (-1, len(self.weight) // self.num_learners))
+
+
+def gate(spatial: Tensor, masks: Tensor) -> Tensor:
+    """S(x) * A_m(S(x)) of Eq. 7 for all learners; (B, K, h, w), (B, M, K, h, w) -> as the masks.
+
+    The product's memory has the channels last and image after image, learner after learner, so that
+    G takes it as one batch without a copy.
+    """
+    product: Tensor = _Gate.apply(spatial, masks)
+    return product
+
+
+class _Gate(torch.autograd.Function):
+    """The product, without what autograd would keep and add up M times over."""
+
+    @staticmethod
+    def forward(ctx: Any, spatial: Tensor, masks: Tensor) -> Tensor:
+        ctx.save_for_backward(spatial, masks)
+        batch, _, channels, *size = masks.shape
+        product = masks.new_empty(batch, masks.shape[1], *size, channels).movedim(-1, 2)
+        return torch.mul(spatial.unsqueeze(1), masks, out=product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        spatial, masks = ctx.saved_tensors
+        of_spatial = torch.zeros_like(spatial)
+        of_masks = torch.empty_like(masks)
+        for learner in range(masks.shape[1]):
+            of_spatial.addcmul_(gradient[:, learner], masks[:, learner])
+            torch.mul(gradient[:, learner], spatial, out=of_masks[:, learner])
+        return of_spatial, of_masks

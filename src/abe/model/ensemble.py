@@ -18,14 +18,15 @@ until `concat` makes them (B, D).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from abe.errors import InputError
-from abe.model.attention import AttentionHeads
+from abe.model.attention import AttentionHeads, gate
 from abe.model.backbones import Backbone, get_backbone
 
 
@@ -97,7 +98,27 @@ class AttentionEnsemble(nn.Module):
         self.embedding = nn.ModuleList(
             self.backbone.embedding(cut, channels, self.learner_dim) for _ in range(num_embedding)
         )
+        self.activation_checkpointing = False
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def checkpoint_activations(self) -> Self:
+        """Keep the activations of S, of C or of one learner, and of no more, at a time.
+
+        For the gradient they are computed a second time (Chen et al., "Training deep nets with
+        sublinear memory cost", 2016). Embeddings and gradients are the same but for rounding, and
+        a step takes about a third longer.
+
+        Raises:
+            InputError: the network has batch norm: G's statistics are over all learners at once,
+                and a second pass would count twice.
+        """
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            raise InputError(
+                f"{self.backbone.name} has batch norm, whose statistics are over all learners at "
+                "once: leave activation checkpointing off"
+            )
+        self.activation_checkpointing = True
+        return self
 
     def forward(self, images: Tensor, normalize: bool = True) -> Tensor:
         """Embed images by every learner; (B, 3, H, W) -> (B, M, d).
@@ -109,7 +130,10 @@ class AttentionEnsemble(nn.Module):
             InputError: not (B, 3, H, W), or smaller than the backbone can process.
         """
         self._check(images)
-        embeddings = self._embed(self._learner_features(images))
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            embeddings = self._embed_one_by_one(images)
+        else:
+            embeddings = self._embed(self._learner_features(images))
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
@@ -152,7 +176,7 @@ class AttentionEnsemble(nn.Module):
         spatial = self.spatial[0](images)  # (B, K, h, w)
         if self.attention_trunk is None:
             return spatial.unsqueeze(1).expand(-1, self.num_learners, -1, -1, -1)
-        return spatial.unsqueeze(1) * self._masks(spatial)
+        return gate(spatial, self._masks(spatial))
 
     def _embed(self, features: Tensor) -> Tensor:
         """G on every learner's features, as one batch; (B, M, K, h, w) -> (B, M, d)."""
@@ -162,6 +186,31 @@ class AttentionEnsemble(nn.Module):
         # Flattened with the channels last: one copy, which is in the memory format of the weights.
         batch = features.permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
         return self.embedding[0](batch).unflatten(0, features.shape[:2])
+
+    def _embed_one_by_one(self, images: Tensor) -> Tensor:
+        """Learner by learner; S, C and each learner are computed again for the gradient.
+
+        (B, 3, H, W) -> (B, M, d)
+        """
+        spatial = trunk = None
+        if len(self.spatial) == 1:
+            spatial = checkpoint(self.spatial[0], images, use_reentrant=False)
+        if self.attention_trunk is not None:
+            trunk = checkpoint(self.attention_trunk, spatial, use_reentrant=False)
+
+        def embed(learner: int, spatial: Tensor | None, trunk: Tensor | None) -> Tensor:
+            if spatial is None:
+                spatial = self.spatial[learner](images)
+            elif trunk is not None:
+                assert self.attention_heads is not None
+                spatial = gate(spatial, self.attention_heads(trunk, learner)).flatten(0, 1)
+            embedding: Tensor = self.embedding[learner % len(self.embedding)](spatial)
+            return embedding
+
+        learners = range(self.num_learners)
+        return torch.stack(
+            [checkpoint(embed, m, spatial, trunk, use_reentrant=False) for m in learners], dim=1
+        )
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:

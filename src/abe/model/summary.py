@@ -1,7 +1,7 @@
 """Parameters and operations of the paper's 13 networks (Tables 1 and 8), counted, not typed in.
 
-The networks are built on torch's meta device, where a forward pass costs nothing; hooks on the
-convolutions and linear layers that it runs through count the operations.
+The networks are built on torch's meta device, where a forward pass costs nothing; the convolutions
+and linear layers that it runs through are counted as they run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from abe.model.ensemble import AttentionEnsemble, MHeads, MHeadsWithAttention, MTails
 from abe.paper import table_rows
@@ -44,30 +45,34 @@ def count_macs(model: nn.Module, image_size: int = 224) -> int:
     Convolutions and linear layers are counted as often as they run; biases, pooling, response
     normalisation and the masks' products are not. The model is left as it was.
     """
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal total
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        total += output.numel() * weight[0].numel()  # one row of weights an output value
-
-    hooks = [
-        layer.register_forward_hook(count)
-        for layer in model.modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
     device = next(model.parameters()).device
     in_training = [layer for layer in model.modules() if layer.training]
     model.eval()  # or batch norm would take the image into its statistics
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Counter() as counter:
             model(torch.zeros(1, 3, image_size, image_size, device=device))
     finally:
-        for hook in hooks:
-            hook.remove()
         for layer in in_training:
             layer.training = True
-    return total
+    return counter.macs
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the multiply-accumulates of the convolutions and linear layers that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.convolution.default:  # of images, weights
+            self.macs += output.numel() * args[1][0].numel()  # one row of weights an output value
+        elif function is torch.ops.aten.addmm.default:  # of biases, features, transposed weights
+            self.macs += output.numel() * len(args[2])
+        return output
 
 
 def summary_rows() -> list[dict[str, Any]]:

@@ -183,6 +183,16 @@ def selective_channels(masks: Tensor, count: int) -> list[int]:
     return variance.topk(min(count, len(variance))).indices.tolist()
 
 
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures of one size in rows, which may differ in length, as one picture on white."""
+    width, height = rows[0][0].size
+    whole = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            whole.paste(picture, (x * width, y * height))
+    return whole
+
+
 def data_uri(image: Image.Image, side: int) -> str:
     """A picture within `side` x `side` pixels as a URI that holds it."""
     image = image.copy()

@@ -24,21 +24,27 @@ from torch import Tensor
 
 from abe.checkpoint import load_selected
 from abe.data.datasets import LabelledImages
-from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits, open_splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
+from abe.report.pictures import (
+    QUERIES,
+    RESULTS,
+    THUMBNAIL,
+    has_match,
+    nearest_others,
+    seen,
+    spread,
+)
 from abe.report.runs import Run, read_runs
 from abe.results import data_title, differing, weights_name
 from abe.runtime import replace_text
 
-QUERIES, FAILED_QUERIES = 6, 2  # shown in all, and how many of them go wrong at the first rank
-RESULTS = 5  # of each query
+FAILED_QUERIES = 2  # of those shown, how many go wrong at the first rank
 CHANNELS, CHANNEL_IMAGES = 3, 2  # single channels of the masks, and the images they are shown on
 OUTER_LAYERS = 3  # at either end, whose update-to-weight ratios are listed
-THUMBNAIL = 128  # pixels
 STYLES = 8  # of lines, in the page's style sheet
 
 
@@ -64,15 +70,15 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
 
     console.print("Opening the test images ...")
     splits = _open_splits(featured)
-    has_match = _has_match(splits)
-    queries = _choose_queries(featured, splits, has_match)
+    matched = _has_match(splits)
+    queries = _choose_queries(featured, splits, matched)
     console.print("Drawing the report ...")
     page = _template().render(
         featured=featured,
         runs=loaded,
         trained=trained,
         compared=_compared(featured, loaded),
-        queries=int(has_match.sum()),
+        queries=int(matched.sum()),
         title=data_title(featured.record["data"]),
         columns=[k for k in featured.record["scores"]["ensemble"] if k.startswith("recall@")],
         styles=styles,
@@ -118,9 +124,8 @@ def _open_splits(run: Run) -> Splits:
 
 def _has_match(splits: Splits) -> NDArray[np.bool_]:
     """Whether a test image has any other of its class to be found; (N,)."""
-    if splits.gallery is not None:
-        return np.isin(splits.test.labels, splits.gallery.labels)
-    return np.bincount(splits.test.labels)[splits.test.labels] > 1
+    gallery = splits.gallery
+    return has_match(splits.test.labels, None if gallery is None else gallery.labels)
 
 
 def _compared(featured: Run, runs: list[Run]) -> list[Run]:
@@ -172,14 +177,14 @@ def _histograms(runs: list[Run], labels: NDArray[np.int64]) -> list[figures.Char
     ]
 
 
-def _choose_queries(run: Run, splits: Splits, has_match: NDArray[np.bool_]) -> list[int]:
+def _choose_queries(run: Run, splits: Splits, matched: NDArray[np.bool_]) -> list[int]:
     """Images spread evenly over those whose first result is right, and over those where not.
 
     Raises:
         InputError: no image has a match, or the run's Recall@1 does not come out: the labels are
             not those it was scored by.
     """
-    if not has_match.any():
+    if not matched.any():
         raise InputError(
             f"by the classes of the images as they are now, none of the test images of {run.path} "
             "has another of its class: put the images back as they were"
@@ -188,35 +193,24 @@ def _choose_queries(run: Run, splits: Splits, has_match: NDArray[np.bool_]) -> l
     nearest = found.indices[:, 0].numpy()
     candidates = splits.test if splits.gallery is None else splits.gallery
     right = candidates.labels[nearest] == splits.test.labels
-    if abs(right[has_match].mean() - run.recall) > 0.01:  # a GPU's rounding flips near-ties
+    if abs(right[matched].mean() - run.recall) > 0.01:  # a GPU's rounding flips near-ties
         raise InputError(
             f"{run.path} has Recall@1 {run.recall:.3f}, by the classes of its images as they are "
-            f"now it would be {right[has_match].mean():.3f}: put the images back as they were"
+            f"now it would be {right[matched].mean():.3f}: put the images back as they were"
         )
-    failures = _spread(np.flatnonzero(~right & has_match), FAILED_QUERIES)
-    return _spread(np.flatnonzero(right), QUERIES - len(failures)) + failures
-
-
-def _spread(indices: NDArray[np.intp], count: int) -> list[int]:
-    count = min(count, len(indices))
-    places = (np.arange(count) + 0.5) * len(indices) / max(count, 1)
-    return indices[places.astype(int)].tolist()
+    failures = spread(np.flatnonzero(~right & matched), FAILED_QUERIES)
+    return spread(np.flatnonzero(right), QUERIES - len(failures)) + failures
 
 
 def _masks(run: Run, test: LabelledImages, queries: list[int]) -> dict[str, Any]:
     """Fig. 6: what each learner lets through, by the run's selected checkpoint."""
     checkpoint = load_selected(run.path)
-    chosen = test.select(np.array(queries))
-    (batch,) = evaluation_batches(chosen, checkpoint.preprocessing, len(queries), 0)
-    with torch.inference_mode():
-        pixels = checkpoint.preprocessing.normalize(batch.images)
-        masks = checkpoint.build_model().attention_masks(pixels)  # (B, M, K, h, w)
-    crops = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+    crops, masks = seen(checkpoint.build_model(), checkpoint.preprocessing, test, queries)
 
     def row(image: int, learners: Tensor, channel: int | None = None) -> dict[str, Any]:
         return {
             "picture": figures.data_uri(Image.fromarray(crops[image]), THUMBNAIL),
-            "class_name": test.class_names[int(chosen.labels[image])],
+            "class_name": test.class_names[int(test.labels[queries[image]])],
             "channel": channel,
             "low": learners.min().item(),
             "high": learners.max().item(),
@@ -244,13 +238,16 @@ def _retrieved(
     methods = {run.record["method"]: run for run in reversed(runs) if run.embeddings is not None}
     methods |= {featured.record["method"]: featured}
     ensembles = {
-        run.label: _search(run.ensemble, run.ensemble_gallery, queries)
+        run.label: nearest_others(run.ensemble, run.ensemble_gallery, queries, RESULTS)
         for run in sorted(methods.values(), key=lambda run: run.recall, reverse=True)
     }
     assert featured.embeddings is not None
     learners = {
-        f"learner {number} alone": _search(
-            learner, None if featured.gallery is None else featured.gallery[:, number - 1], queries
+        f"learner {number} alone": nearest_others(
+            learner,
+            None if featured.gallery is None else featured.gallery[:, number - 1],
+            queries,
+            RESULTS,
         )
         for number, learner in enumerate(featured.embeddings.unbind(1), start=1)
     }
@@ -287,22 +284,6 @@ def _retrieved(
             "learners": rows(learners, number) if len(learners) > 1 else [],
         }
         for number, query in enumerate(queries)
-    ]
-
-
-def _search(embeddings: Tensor, gallery: Tensor | None, queries: list[int]) -> list[list[int]]:
-    """The nearest of the gallery for each query, nearest first.
-
-    Without a gallery the nearest other images, where the query is left out by index.
-    """
-    if gallery is not None:
-        k = min(RESULTS, len(gallery))
-        return nearest_neighbors(embeddings[queries], gallery, k).indices.tolist()
-    k = min(RESULTS + 1, len(embeddings))
-    found = nearest_neighbors(embeddings[queries], embeddings, k).indices.tolist()
-    return [
-        [index for index in indices if index != query][:RESULTS]
-        for query, indices in zip(queries, found, strict=True)
     ]
 
 

@@ -1,0 +1,158 @@
+"""What a network looks at and what it finds, as pictures for the report and for trackers.
+
+Shapes: B images, M learners, K channels of the masks, h x w their size, N images in a data set, G
+in their gallery, D the size of an ensemble's embedding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from abe.data.datasets import LabelledImages
+from abe.data.loader import evaluation_batches
+from abe.data.transforms import Preprocessing
+from abe.model.ensemble import AttentionEnsemble
+from abe.neighbors import nearest_neighbors
+from abe.report import figures
+
+THUMBNAIL = 128  # pixels
+MASKED, QUERIES, RESULTS = 4, 6, 5  # images with masks; queries, and the results of each
+FRAME = 6  # pixels
+RIGHT, WRONG, NO_VERDICT = "#12943c", "#d02020", "white"
+
+
+def mask_sheet(
+    model: AttentionEnsemble, preprocessing: Preprocessing, images: LabelledImages
+) -> Image.Image:
+    """Fig. 6 of a few images, the same ones each time: a row is an image and its mean masks.
+
+    Args:
+        model: with attention, in evaluation mode.
+        preprocessing: what it expects.
+        images: to choose from.
+    """
+    chosen = spread(np.arange(len(images)), MASKED)
+    crops, masks = seen(model, preprocessing, images, chosen)
+    means = masks.mean(2)
+    return figures.sheet(
+        [
+            [_thumbnail(Image.fromarray(crop)), *map(_thumbnail, figures.overlays(crop, of_image))]
+            for crop, of_image in zip(crops, means, strict=True)
+        ]
+    )
+
+
+def neighbor_sheet(
+    images: LabelledImages,
+    embeddings: Tensor,
+    gallery: LabelledImages | None = None,
+    gallery_embeddings: Tensor | None = None,
+) -> Image.Image | None:
+    """What a few images find, the same ones each time: a row is a query and its nearest images.
+
+    Those of the query's class are framed green, others red.
+
+    Args:
+        images: to choose queries from.
+        embeddings: of `images`, (N, D).
+        gallery: what is searched; None: the other images.
+        gallery_embeddings: of `gallery`, (G, D).
+
+    Returns:
+        None where no image has another of its class to be found.
+    """
+    candidates = images if gallery is None else gallery
+    matched = has_match(images.labels, None if gallery is None else gallery.labels)
+    queries = spread(np.flatnonzero(matched), QUERIES)
+    if not queries:
+        return None
+
+    def framed(of: LabelledImages, index: int, colour: str) -> Image.Image:
+        return ImageOps.expand(_thumbnail(of.load(index), THUMBNAIL - 2 * FRAME), FRAME, colour)
+
+    found = nearest_others(embeddings, gallery_embeddings, queries, RESULTS)
+    return figures.sheet(
+        [
+            [
+                framed(images, query, NO_VERDICT),
+                *(
+                    framed(
+                        candidates,
+                        index,
+                        RIGHT if candidates.labels[index] == images.labels[query] else WRONG,
+                    )
+                    for index in indices
+                ),
+            ]
+            for query, indices in zip(queries, found, strict=True)
+        ]
+    )
+
+
+@torch.inference_mode()
+def seen(
+    model: AttentionEnsemble,
+    preprocessing: Preprocessing,
+    images: LabelledImages,
+    indices: list[int],
+) -> tuple[NDArray[np.uint8], Tensor]:
+    """Centre crops as the network sees them, (B, H, W, 3), and its masks (B, M, K, h, w).
+
+    Args:
+        model: with attention, in evaluation mode.
+        preprocessing: what it expects.
+        images: the data set.
+        indices: B images of it.
+    """
+    (batch,) = evaluation_batches(images.select(np.array(indices)), preprocessing, len(indices))
+    device = next(model.parameters()).device
+    masks = model.attention_masks(preprocessing.normalize(batch.images.to(device)))
+    return batch.images.permute(0, 2, 3, 1).contiguous().numpy(), masks.cpu()
+
+
+def nearest_others(
+    embeddings: Tensor, gallery: Tensor | None, queries: list[int], count: int
+) -> list[list[int]]:
+    """The nearest of the gallery for each query, nearest first; `count` of them, or all.
+
+    Without a gallery the nearest other images, where the query is left out by index.
+
+    Args:
+        embeddings: (N, D).
+        gallery: (G, D), or None.
+        queries: indices of embeddings.
+        count: how many are wanted.
+    """
+    if gallery is not None:
+        k = min(count, len(gallery))
+        return nearest_neighbors(embeddings[queries], gallery, k).indices.tolist()
+    k = min(count + 1, len(embeddings))
+    found = nearest_neighbors(embeddings[queries], embeddings, k).indices.tolist()
+    return [
+        [index for index in indices if index != query][:count]
+        for query, indices in zip(queries, found, strict=True)
+    ]
+
+
+def has_match(
+    labels: NDArray[np.int64], gallery_labels: NDArray[np.int64] | None
+) -> NDArray[np.bool_]:
+    """Whether an image has any other of its class to be found, in the gallery if any; (N,)."""
+    if gallery_labels is not None:
+        return np.isin(labels, gallery_labels)
+    return np.bincount(labels)[labels] > 1
+
+
+def spread(indices: NDArray[np.intp], count: int) -> list[int]:
+    """`count` of the indices, or all, at even distances."""
+    count = min(count, len(indices))
+    places = (np.arange(count) + 0.5) * len(indices) / max(count, 1)
+    return indices[places.astype(int)].tolist()
+
+
+def _thumbnail(picture: Image.Image, side: int = THUMBNAIL) -> Image.Image:
+    return ImageOps.fit(picture, (side, side))
