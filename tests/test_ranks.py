@@ -24,11 +24,13 @@ from safetensors.torch import load_file
 from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
 from abe.errors import InputError
+from abe.launch import launched_rank
 from abe.ranks import Ranks, share
 from abe.runtime import read_json, read_json_lines
 from abe.train import Trainer, evaluate_run
 
 SILENT = Console(quiet=True)
+ABE = Path(sys.executable).with_name("abe")
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 TINY = Config(
@@ -58,12 +60,13 @@ from safetensors.torch import save_file
 from abe.config import Config
 from abe.data.loader import training_batches
 from abe.errors import InputError
+from abe.launch import launched_rank
 from abe.model import AttentionEnsemble
 from abe.train import Trainer, evaluate_run
 torch.set_num_threads(1)
 silent, run = Console(quiet=True), Path(folder)
 run.mkdir(exist_ok=True)
-rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+rank = launched_rank() or 0
 config = Config.from_json(json.loads(settings))
 """
 TRAIN = """
@@ -147,7 +150,7 @@ def on_ranks(
         processes.append(context.Process(target=exec, args=(PROGRAM + program, known)))
     for process in processes:
         process.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
         process.kill()
@@ -276,6 +279,27 @@ def test_torchrun_trains_what_one_process_trains(alone: Path, tmp_path: Path) ->
     torch.testing.assert_close(weights(tmp_path / "two"), weights(alone), rtol=1e-3, atol=1e-5)
 
 
+def test_other_verbs_are_one_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ABE, "demo"],
+        cwd=tmp_path,
+        env=os.environ | environment_of("torchrun", 1, 2, 0),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error, rank 1: abe demo is one process: only `abe train` and")
+
+
+def test_a_shell_that_slurm_gave_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in environment_of("srun", 3, 4, 0).items():
+        monkeypatch.setenv(key, value)
+    assert launched_rank() == 3
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert launched_rank() is None
+
+
 @pytest.fixture
 def machines() -> Iterator[tuple[str, str]]:
     """Two network namespaces with a cable between them, 10.213.77.1 and 10.213.77.2."""
@@ -318,7 +342,7 @@ def test_two_machines_train_until_one_is_cut_off(
     machines: tuple[str, str], alone: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    config = TINY.with_overrides(["train.steps=100000", "train.log_every=1", "ranks_timeout=5"])
+    config = TINY.with_overrides(["train.steps=100000", "train.log_every=1", "ranks_timeout=20"])
     options = ("--nnodes=2", "--master-addr=10.213.77.1")
     processes = [
         subprocess.Popen(
@@ -333,8 +357,7 @@ def test_two_machines_train_until_one_is_cut_off(
         for rank, name in enumerate(machines)
     ]
     try:
-        deadline = time.monotonic() + 120
-        while len(checkpoints(run)) < 2 and time.monotonic() < deadline:
+        while len(checkpoints(run)) < 2 and all(process.poll() is None for process in processes):
             time.sleep(0.1)
         cut = time.monotonic()
         subprocess.run(["ip", "-n", machines[1], "link", "set", "abe0", "down"], check=True)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from abe import __version__
 from abe.errors import InputError
+from abe.launch import launched_rank
 
 if TYPE_CHECKING:
     from abe.config import Config
@@ -40,8 +41,8 @@ data_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(data_app)
-# Of processes that torchrun or SLURM started together only the first reports; see `abe.ranks`.
-_RANK = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+# Of processes that torchrun or SLURM started together only the first reports.
+_RANK = launched_rank() or 0
 out = Console(**_PLAIN, quiet=_RANK > 0)
 err = Console(stderr=True, **_PLAIN, quiet=_RANK > 0)
 

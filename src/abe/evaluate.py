@@ -21,7 +21,7 @@ from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
 from abe.metrics import KS, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
-from abe.ranks import Part, Ranks
+from abe.ranks import Part, Ranks, share
 from abe.results import result_record
 from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
 from abe.start import start
@@ -64,16 +64,21 @@ def embed(
     there are fewer batches than parts, some are (0, 0, 0).
     `on_progress` is told the number of images done.
     """
-    embeddings: list[Tensor] = []
+    batches = share(-(-len(images) // batch_size), part)
+    rows = range(len(images))[batches.start * batch_size : batches.stop * batch_size]
+    embeddings = torch.empty(0, 0, 0)
     done = 0
     pin_memory = device.type == "cuda"
     for batch in evaluation_batches(images, preprocessing, batch_size, workers, pin_memory, part):
         pixels = preprocessing.normalize(batch.images.to(device, non_blocking=True))
         with autocast(device, precision):
-            embeddings.append(embedder(pixels).float().cpu())
-        done += len(batch.labels)
+            found = embedder(pixels)
+        if not done:  # all of it at once: lists of parts take twice the memory
+            embeddings = torch.empty(len(rows), *found.shape[1:])
+        embeddings[done : done + len(found)] = found
+        done += len(found)
         on_progress(done)
-    return torch.cat(embeddings) if embeddings else torch.empty(0, 0, 0)
+    return embeddings
 
 
 def evaluate_test(
@@ -107,7 +112,7 @@ def evaluate_test(
     """
     ranks = ranks or Ranks(config.device, config.ranks_timeout)
     device = ranks.device
-    precision = precision or choose_precision(config.precision, device)
+    precision = precision or ranks.from_first(choose_precision(config.precision, device))
 
     def embedded(images: LabelledImages) -> Tensor:
         return ranks.collect(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from abe.errors import InputError
+from abe.launch import launched_rank, machines, processes_here
 from abe.runtime import choose_device
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Ranks:
 
     def __init__(self, device: str = "auto", timeout: float = 60.0) -> None:
         self._waiting: distributed.ProcessGroup | None = None
-        if not _launched():
+        if launched_rank() is None:
             self.rank, self.size, self.first_here = 0, 1, True
             self.device = choose_device(device)
         else:
@@ -94,10 +95,10 @@ class Ranks:
     def wrap(self, network: nn.Module, images: Tensor) -> nn.Module:
         """The network whose backward pass leaves on every rank the mean of all ranks' gradients.
 
-        Its weights are the same tensors. They are sent in buckets while the pass goes on; that
-        they arrive in the order in which they are sent is settled by a pass over `images`, any
-        ones: it would else be settled by the first step, and a resumed run would round otherwise
-        than one that was not stopped.
+        Its weights are the same tensors. Their gradients are sent in buckets while the pass goes
+        on. What is in a bucket is settled by the first backward pass, and with it how sums round:
+        one over `images`, any ones, is made here, so that the first step of a resumed run rounds
+        like the same step of one that was not stopped.
         """
         with self.connected():
             wrapped: nn.Module = self.fabric.setup(network)
@@ -229,14 +230,6 @@ class Ranks:
             ) from None
 
 
-def _launched() -> bool:
-    """Whether a launcher started this process; in a shell that SLURM gave there is none."""
-    return distributed.is_torchelastic_launched() or (
-        "SLURM_NTASKS" in os.environ
-        and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    )
-
-
 def _join(device: str, timeout: float) -> Fabric:
     """The engine of one of several processes, connected with the others."""
     from lightning_fabric import Fabric
@@ -249,10 +242,11 @@ def _join(device: str, timeout: float) -> Fabric:
         raise InputError(
             f"device={device}: several processes take auto, cpu or cuda, and each a GPU of its own"
         )
-    here, machines = _processes_here(), _machines()
     strategy = DDPStrategy(timeout=timedelta(seconds=timeout), gradient_as_bucket_view=True)
     try:
-        fabric = Fabric(accelerator=kind, devices=here, num_nodes=machines, strategy=strategy)
+        fabric = Fabric(
+            accelerator=kind, devices=processes_here(), num_nodes=machines(), strategy=strategy
+        )
         if "LT_CLI_USED" not in os.environ:  # `fabric run` has it launched by now
             fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:
@@ -262,19 +256,10 @@ def _join(device: str, timeout: float) -> Fabric:
                 "the others say, or raise ranks_timeout"
             ) from None
         raise InputError(
-            f"{here} processes on each of {machines} machines cannot run on {kind}: {error}"
+            f"{processes_here()} processes on each of {machines()} machines cannot run on {kind}: "
+            f"{error}"
         ) from None
     return fabric
-
-
-def _processes_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-
-
-def _machines() -> int:
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NNODES", 1))
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -3,10 +3,10 @@
 What step t does is a function of the weights, the configuration and t alone (the samplers and the
 augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
 
-Several processes (see `abe.ranks`) train one network: each knows the whole batch of a step and
-embeds its share of it, each takes the loss of all B embeddings, and the gradients of their shares
-are summed. That is the loss and the gradient of one process, apart from rounding. The first rank
-alone writes and reports.
+Several processes can train one network (see `abe.ranks`): each knows the whole batch of a
+step and embeds its share of it, each takes the loss of all B embeddings, and the gradients of their
+shares are summed. That is the loss and the gradient of one process, apart from rounding. The first
+rank alone writes and reports.
 """
 
 from __future__ import annotations

@@ -1,0 +1,166 @@
+"""What ranks send each other in a step, and what an evaluation takes of their memory.
+
+    python benchmarks/scaling.py
+
+Starts itself under torchrun as 1, 2 and 3 processes of this machine (gloo, one thread each). The
+bytes of a step are those handed to real collectives, as torch's profiler saw them: what each rank
+puts into its gradient buckets, its share of the embeddings, and the flag to stop. Images are of 32
+pixels, of which nothing that is sent depends. Memory is the peak of a process (VmHWM) above what it
+had before, while images are embedded by a stub and collected. Both sides of a ratio are of this
+run; the last line of the output is the result as one JSON object, which also goes to
+benchmarks/scaling.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from abe.config import Config
+from abe.data.loader import CachedImages, training_batches
+from abe.data.synthetic import SyntheticVehicles
+from abe.data.transforms import Preprocessing
+from abe.evaluate import embed
+from abe.ranks import Ranks
+from abe.recipes import get_recipe
+from abe.runtime import environment
+from abe.train import Trainer
+
+SIZES = (1, 2, 3)
+IMAGES = (20_000, 60_000, 180_000)
+SMALL = (
+    "device=cpu",
+    "precision=fp32",
+    "data.resize=40",
+    "data.crop=32",
+    "data.synthetic_classes=80",
+    "data.synthetic_images=4",
+)
+
+
+def settings() -> dict[str, Config]:
+    return {name: get_recipe(name).with_overrides(SMALL) for name in ("demo", "paper")}
+
+
+def step_bytes(config: Config, folder: Path) -> dict[str, Any]:
+    """Bytes that this rank hands to the collectives of its second step."""
+    trainer = Trainer(config, folder, Console(quiet=True))
+    folder.mkdir(exist_ok=True)
+    batches = training_batches(
+        trainer.splits.train,
+        trainer.sampler,
+        trainer.preprocessing,
+        seed=config.seed,
+        start_step=0,
+        stop_step=2,
+        part=trainer.ranks.part,
+    )
+    for batch in batches:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            trainer.train_step(batch)
+            trainer.ranks.any(False)
+    found = {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+    for kind in ("all_reduce", "all_gather", "broadcast"):
+        shapes = [e.input_shapes for e in profiled.events() if e.name == f"gloo:{kind}"]
+        found[kind] = sum(4 * int(np.prod(shape)) for (shape,) in shapes)
+        found[f"{kind}_calls"] = len(shapes)
+    return found
+
+
+def peak() -> int:
+    """Most memory that this process has had so far, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("this system does not tell")
+
+
+def evaluation_bytes(count: int) -> int:
+    """What embedding and collecting `count` images of 8 x 64 numbers adds to this rank's peak."""
+    ranks = Ranks("cpu")
+    squares = np.zeros((1, 8, 8, 3), np.uint8)
+    source = SyntheticVehicles(count // 10, 10, size=32)
+    images = CachedImages(source, squares, np.zeros(count, np.int64))
+
+    def embedded(images: CachedImages) -> Tensor:
+        options = {"device": ranks.device, "part": ranks.part}
+        ones = torch.ones(64, 8, 64)
+        preprocessing = Preprocessing(resize=8, crop=8)
+        return ranks.collect(
+            embed(lambda x: ones[: len(x)].clone(), images, preprocessing, **options)
+        )
+
+    embedded(images.select(np.arange(640)))  # warms up
+    before = peak()
+    embedded(images)
+    return peak() - before
+
+
+def measure(what: str, folder: Path) -> None:
+    """The program of one rank."""
+    torch.set_num_threads(1)
+    kind, _, value = what.partition(" ")
+    if kind == "step":
+        found = step_bytes(settings()[value], folder / "run")
+    else:
+        found = {"bytes": evaluation_bytes(int(value))}
+    rank = os.environ.get("RANK", "0")
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def on_ranks(size: int, what: str) -> list[dict[str, Any]]:
+    """What each of `size` processes measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = [__file__, "--measure", what, "--folder", folder]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command = [sys.executable, *(launcher if size > 1 else []), *program]
+        quiet = {"stdout": subprocess.DEVNULL}
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.folder)
+        return
+    steps, evaluations = [], []
+    for name, config in settings().items():
+        for size in SIZES:
+            first, *_ = on_ranks(size, f"step {name}")
+            batch = {"batch_size": config.train.batch_size, "embedding": config.model.embedding_dim}
+            steps.append({"recipe": name, "ranks": size, **batch, **first})
+            print(json.dumps(steps[-1]), flush=True)
+    for count in IMAGES:
+        for size in SIZES:
+            taken = [rank["bytes"] for rank in on_ranks(size, f"evaluation {count}")]
+            evaluations.append({"images": count, "ranks": size, "bytes": taken})
+            evaluations[-1]["first_to_embeddings"] = round(taken[0] / (count * 512 * 4), 2)
+            print(json.dumps(evaluations[-1]), flush=True)
+    result = {
+        "hardware": environment(torch.device("cpu")) | {"cores": os.cpu_count()},
+        "steps": steps,
+        "evaluations": evaluations,
+    }
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
