@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,18 +74,6 @@ class Ranks:
                 self._waiting = distributed.new_group(backend="gloo", timeout=WAIT)
         self.first = self.rank == 0
 
-    @cached_property
-    def fabric(self) -> Fabric:
-        """The engine. It takes seconds to import, and only training needs it in a single process.
-
-        Several ranks have it from the start.
-        """
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies.single_device import SingleDeviceStrategy
-
-        strategy = SingleDeviceStrategy(device=self.device)
-        return Fabric(accelerator=self.device.type, devices=1, strategy=strategy)
-
     @property
     def part(self) -> Part:
         """(rank, size), as the loader and `share` take it."""
@@ -100,15 +87,18 @@ class Ranks:
         one over `images`, any ones, is made here, so that the first step of a resumed run rounds
         like the same step of one that was not stopped.
         """
+        if self.size == 1:
+            return network
         with self.connected():
             wrapped: nn.Module = self.fabric.setup(network)
-            if self.size > 1:
-                wrapped(images.to(self.device)).sum().backward()
-                network.zero_grad()
+            wrapped(images.to(self.device)).sum().backward()
+            network.zero_grad()
         return wrapped
 
     def apart(self, network: Any) -> contextlib.AbstractContextManager[None]:
         """Where a backward pass of a wrapped network leaves its gradients on this rank."""
+        if self.size == 1:
+            return contextlib.nullcontext()
         return self.fabric.no_backward_sync(network)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:

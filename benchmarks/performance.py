@@ -1,0 +1,151 @@
+"""Write docs/performance.md from the benchmarks' JSON files: `python benchmarks/performance.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "performance.md"
+
+HEAD = """# Performance
+
+Every figure is a ratio of two sides that one command measured in turns, and its last line of output
+is the file it is taken from. `python benchmarks/performance.py` writes this page from those files;
+a test fails when it is stale. Run a benchmark again and its file is of your machine.
+"""
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def table(heading: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    heading = list(heading)
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def section(title: str, name: str, result: dict[str, Any], *parts: str) -> str:
+    hardware = result["hardware"]
+    machine = (
+        f"`benchmarks/{name}.py`, {hardware['cpu']}, {hardware['threads']} of {hardware['cores']} "
+        f"cores, torch {hardware['torch']}, commit {hardware['commit']}\n"
+    )
+    return "\n".join([f"## {title}\n", machine, *parts])
+
+
+def recall() -> str:
+    result = read("recall")
+    rows = [
+        (name, f"{result['seconds'][name]:.3g} s", f"{ratio:.2f}")
+        for name, ratio in result["to_product"].items()
+    ]
+    text = (
+        f"{result['images']:,} embeddings of {result['size']} numbers, K = 1, 10, 100 and 1000, all "
+        f"at once; {result['ranks_equal_to_float64_sort']} queries' ranks equal a float64 sort. "
+        f"Memory above the embeddings: {result['peak_megabytes_above_embeddings']:,} MB.\n"
+    )
+    heading = ("", "time", "of one product of the matrix with itself")
+    return section("Recall@K", "recall", result, text, table(heading, rows))
+
+
+def step() -> str:
+    result = read("step")
+    speed, memory = result["speed"], result["memory"]
+    names = {"ours": "ours, float32", "ours_bf16": "ours, bfloat16", "port": "the usual port"}
+    rows = [
+        (
+            title,
+            f"{speed[key]['seconds']:.3g} s",
+            f"{speed[key]['of_ports_time']:.2f}",
+            f"{speed[key]['gflops']:.0f}",
+            f"{100 * speed[key]['share_of_sgemm']:.0f} %",
+        )
+        for key, title in names.items()
+        if key in speed
+    ]
+    of_memory = [
+        (
+            mode,
+            f"{found['peak_mb']:,.0f} MB",
+            f"{100 * found['of_plain_memory']:.0f} %",
+            f"{found['of_plain_time']:.2f}",
+        )
+        for mode, found in memory.items()
+        if isinstance(found, dict)
+    ]
+    return section(
+        "Training step",
+        "step",
+        result,
+        f"ABE-8 at 224 pixels, batch {speed['batch']}: forward pass, Eq. 8 and its gradient. "
+        f"float32 matrix product beside it: {speed['sgemm_gflops']:.0f} GFLOP/s.\n",
+        table(("", "time", "of the port's", "GFLOP/s", "of the product's rate"), rows),
+        f"Batch {memory['batch']}, with activation checkpointing (`train.activation_checkpointing`)"
+        " and with cached gradients (`train.chunk_size`); the gradient is the same.\n",
+        table(("", "memory above the start", "of the plain step's", "time to it"), of_memory),
+    )
+
+
+def losses() -> str:
+    result = read("losses")
+    rows = [
+        (
+            batch,
+            f"{found['ms']:.3g} ms",
+            f"{found['ratio']:.2f}",
+            f"{found['with_divergence_ratio']:.2f}",
+        )
+        for batch, found in result["batches"].items()
+    ]
+    return section(
+        "Losses",
+        "losses",
+        result,
+        f"Eq. 10 and its gradient for {result['learners']} learners of {result['dim']} numbers.\n",
+        table(
+            ("batch", "time", "of pytorch-metric-learning's", "with Eq. 9, which it has not"), rows
+        ),
+    )
+
+
+def startup() -> str:
+    result = read("startup")
+    rows = [
+        (name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}")
+        for name, found in result["to_import_torch"].items()
+    ]
+    return section(
+        "Start",
+        "startup",
+        result,
+        "From the command to the first loss, on prepared images, recipe `photographs`; to "
+        f"`import torch`, which takes {result['import torch']['seconds']:.2g} s here.\n",
+        table(("", "time", "processor's time"), rows),
+    )
+
+
+def loader() -> str:
+    result = read("loader")["loaders"]
+    rows = [
+        (name, f"{rate:,}", f"{result['images_per_second']['prepared'] / rate:.1f}")
+        for name, rate in result["images_per_second"].items()
+    ]
+    return section(
+        "Reading images",
+        "loader",
+        read("loader"),
+        table(("", "images a second", "prepared to it"), rows),
+    )
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, recall(), step(), losses(), startup(), loader()])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
