@@ -44,8 +44,8 @@ def recall() -> str:
         for name, ratio in result["to_product"].items()
     ]
     text = (
-        f"{result['images']:,} embeddings of {result['size']} numbers, K = 1, 10, 100 and 1000, all "
-        f"at once; {result['ranks_equal_to_float64_sort']} queries' ranks equal a float64 sort. "
+        f"{result['images']:,} embeddings of {result['size']} numbers, K = 1, 10, 100 and 1000 at "
+        f"once; {result['ranks_equal_to_float64_sort']} queries' ranks equal a float64 sort. "
         f"Memory above the embeddings: {result['peak_megabytes_above_embeddings']:,} MB.\n"
     )
     heading = ("", "time", "of one product of the matrix with itself")
