@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from abe.checkpoint import checkpoints, load_latest
+from abe.checkpoint import checkpoints, load_latest, save_checkpoint
 from abe.config import Config
 from abe.data.loader import Batch
 from abe.errors import InputError
@@ -352,6 +352,30 @@ def test_a_log_that_cannot_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert steps == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a power cut may take what is not."""
+    run, flushed, fsync = tmp_path / "run", {}, os.fsync
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = found.st_size
+
+    def save(*arguments: Any, **options: Any) -> Path:
+        log = (run / "metrics.jsonl").stat()
+        assert flushed[log.st_ino] == log.st_size
+        assert run.stat().st_ino in flushed
+        flushed.clear()
+        return save_checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr("abe.train.save_checkpoint", save)
+    assert Trainer(configured("train.steps=2"), run, SILENT).fit() is not None
+    assert len(checkpoints(run)) == 2
+
+
 # --- Two at once -------------------------------------------------------------------------------
 
 
@@ -361,17 +385,21 @@ def test_a_second_process_is_refused(abe: Abe, tmp_path: Path) -> None:
     early = Trainer(configured(), run, SILENT)
     endless = ("train.steps=1000000", "data.workers=2", "data.cache=false")
     process = abe.start(*begin(run, *endless))
-    while not checkpoints(run):
-        time.sleep(0.05)
-    for attempt in (
-        early.fit,
-        lambda: Trainer(configured(), run, SILENT),
-        lambda: Trainer.resume(run, SILENT),
-    ):
-        with pytest.raises(InputError, match=f"{run} is being trained by another process: wait"):
-            attempt()
-    os.kill(process, signal.SIGKILL)
-    assert abe.wait()[0] == -signal.SIGKILL
+    try:
+        for _ in range(1000):
+            if checkpoints(run):
+                break
+            time.sleep(0.1)
+        for attempt in (
+            early.fit,
+            lambda: Trainer(configured(), run, SILENT),
+            lambda: Trainer.resume(run, SILENT),
+        ):
+            with pytest.raises(InputError, match=f"{run} is being trained by another process: w"):
+                attempt()
+    finally:
+        os.kill(process, signal.SIGKILL)
+        assert abe.wait()[0] == -signal.SIGKILL
     with locked(run / ".lock", "the processes that read images have it still"):
         pass
     with pytest.raises(InputError, match=f"{run} has been trained by another process meanwhile"):
