@@ -43,6 +43,7 @@ def match_ranks(
     that estimate distances round more than that, but decide only what lies beyond a bound on all
     their rounding: the ranks depend neither on the blocks nor on the precision of the products.
     That is the query's, or bfloat16 for float32 where the processor multiplies tiles of it (AMX).
+    Many pairs that nearly tie, as a collapsed network has them, take time but no more memory.
 
     Args:
         query: (Q, D).
@@ -131,7 +132,7 @@ class _Search:
         ]
         self.buffer = queries.points.new_empty(block * block)
         self.undecided: list[tuple[Tensor, Tensor]] = []
-        self.waiting = 0  # of them, and of matches among them
+        self.waiting = 0  # so many of them, before matches were left out
         self.distances, self.matches = self._nearest_matches()
         self.goal = -self.distances / 2
         self.ranks = torch.where(self.distances.isinf(), limit, 0)
@@ -250,7 +251,10 @@ def _has_fast_bfloat16(vectors: Tensor) -> bool:
 
 @contextmanager
 def _products(vectors: Tensor) -> Iterator[None]:
-    """Products in the precision that `_Side` rounds to, whatever is set outside."""
+    """Products in the precision that `_Side` rounds to, whatever is set outside.
+
+    Autocast leaves them alone, as all that is done in place.
+    """
     cpu: Any = torch.backends.mkldnn
     backends = cpu.matmul, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
@@ -259,8 +263,7 @@ def _products(vectors: Tensor) -> Iterator[None]:
             backend.fp32_precision = "ieee"
         if _has_fast_bfloat16(vectors):
             cpu.matmul.fp32_precision = "bf16"
-        with torch.autocast(vectors.device.type, enabled=False):
-            yield
+        yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
