@@ -79,9 +79,10 @@ Trainer.resume(run, silent).fit()
 SIGNALLED = """
 step = Trainer.train_step
 def step_and_signal(trainer, batch):
-    step(trainer, batch)
+    loss = step(trainer, batch)
     if trainer.step == 1 and rank == 1:
         os.kill(os.getpid(), signal.Signals[name])
+    return loss
 Trainer.train_step = step_and_signal
 try:
     assert Trainer(config, run, silent).fit() is None
