@@ -159,8 +159,8 @@ class Trainer:
         self.network = self.ranks.wrap(self.model, torch.zeros(1, 3, *2 * [config.data.crop]))
         self.preprocessing = self.start.preprocessing
         self.metric_loss, self.class_index = self._metric_loss()
-        if self.ranks.size > 1:  # they meet here, and no step waits for what one has to import
-            self.network, self.optimizer  # noqa: B018
+        if self.ranks.size > 1:
+            self.optimizer  # noqa: B018  # made now: no step waits for what one has to import
         self.step = 0
         self.best: Best | None = None
         if checkpoint is not None:
