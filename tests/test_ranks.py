@@ -196,12 +196,15 @@ save_file(found, f"{folder} {rank}.safetensors")
     "overrides",
     [
         ["train.sampler=pairs", "train.normalization=per_image"],
-        ["train.metric_loss=ProxyAnchorLoss()", "train.clip_norm=1"],
+        ["train.metric_loss=ProxyAnchorLoss()", "train.clip_norm=1", "train.chunk_size=2"],
     ],
-    ids=["pairs", "classes and proxies"],
+    ids=["pairs", "classes, proxies, chunks"],
 )
 def test_ranks_compute_what_one_process_does(overrides: list[str], tmp_path: Path) -> None:
-    """Each loss, gradient and weight of two steps; 8 images on 3 ranks are 2, 3 and 3."""
+    """Each loss, gradient and weight of two steps.
+
+    8 images on 3 ranks are 2, 3 and 3, and in chunks of 2 one chunk, two and two.
+    """
     small = ["data.synthetic_classes=8", "data.synthetic_images=4", "data.val_classes=0.5"]
     config = TINY.with_overrides([*small, "train.log_every=9", *overrides])
     for size in (1, 2, 3):
