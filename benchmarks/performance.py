@@ -10,11 +10,13 @@ from typing import Any
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "performance.md"
 
+MODELLED_STEPS = ((1, 1, 64), (1, 2, 64), (1, 8, 512), (2, 16, 512), (8, 64, 512), (8, 64, 4096))
+
 HEAD = """# Performance
 
-Every figure is a ratio of two sides that one command measured in turns, and its last line of output
-is the file it is taken from. `python benchmarks/performance.py` writes this page from those files;
-a test fails when it is stale. Run a benchmark again and its file is of your machine.
+Each section is one command that measured all its sides on one machine; the ratios are what carries
+over to another. The last line of its output is the file that the section is taken from. `python
+benchmarks/performance.py` writes this page from those files; a test fails when it is stale.
 """
 
 
@@ -46,7 +48,10 @@ def recall() -> str:
     text = (
         f"{result['images']:,} embeddings of {result['size']} numbers, K = 1, 10, 100 and 1000 at "
         f"once; {result['ranks_equal_to_float64_sort']} queries' ranks equal a float64 sort. "
-        f"Memory above the embeddings: {result['peak_megabytes_above_embeddings']:,} MB.\n"
+        f"Memory above the embeddings: {result['peak_megabytes_above_embeddings']:,} MB. The "
+        "product is float32, in blocks, of all pairs; `recall_at_k` multiplies each pair once, and "
+        "in bfloat16 where the processor has tiles of it (AMX): float64 decides what that leaves "
+        "open. What others offer was run once each.\n"
     )
     heading = ("", "time", "of one product of the matrix with itself")
     return section("Recall@K", "recall", result, text, table(heading, rows))
@@ -84,6 +89,8 @@ def step() -> str:
         f"ABE-8 at 224 pixels, batch {speed['batch']}: forward pass, Eq. 8 and its gradient. "
         f"float32 matrix product beside it: {speed['sgemm_gflops']:.0f} GFLOP/s.\n",
         table(("", "time", "of the port's", "GFLOP/s", "of the product's rate"), rows),
+        "The port has the learners one by one, NCHW, the framework's layers, and losses in loops "
+        "(`benchmarks/port.py`); port and product are float32.\n",
         f"Batch {memory['batch']}, with activation checkpointing (`train.activation_checkpointing`)"
         " and with cached gradients (`train.chunk_size`); the gradient is the same.\n",
         table(("", "memory above the start", "of the plain step's", "time to it"), of_memory),
@@ -142,9 +149,56 @@ def loader() -> str:
     )
 
 
+def ranks() -> str:
+    result = read("scaling")
+    sent = [
+        (x["recipe"], x["ranks"], f"{x['all_reduce']:,}", f"{x['all_gather']:,}")
+        for x in result["steps"]
+    ]
+    held = [
+        (
+            f"{x['images']:,}",
+            x["ranks"],
+            f"{x['bytes'][0] / 1e6:.0f}",
+            ", ".join(f"{size / 1e6:.0f}" for size in x["bytes"][1:]),
+        )
+        for x in result["evaluations"]
+    ]
+    (paper,) = (x for x in result["steps"] if (x["recipe"], x["ranks"]) == ("paper", 1))
+    parameters, dim = paper["parameters"], paper["embedding"]
+    step_model = [
+        (
+            nodes,
+            ranks,
+            f"{batch:,}",
+            f"{8 * parameters * (ranks - 1) / ranks / 1e6:.1f}",
+            f"{4 * batch * dim * (ranks - 1) / ranks / 1e6:.2f}",
+        )
+        for nodes, ranks, batch in MODELLED_STEPS
+    ]
+    evaluation_model = [
+        (f"{n:,}", f"{12e-9 * n * dim:.2f}", f"{4e-9 * n * dim / 64:.3f}", f"{n * n * dim:.1e}")
+        for n in (60_502, 10**6, 10**7, 10**8)
+    ]
+    return section(
+        "Several processes",
+        "scaling",
+        result,
+        "Measured: bytes that a rank hands to the collectives of a step (its whole gradient, a "
+        "flag of 4 bytes, and its share of the embeddings; gloo, one thread each).\n",
+        table(("recipe", "N", "all-reduced", "gathered"), sent),
+        "Measured: memory that collecting an evaluation's embeddings takes, D = 512.\n",
+        table(("images", "N", "rank 0, MB", "other ranks, MB"), held),
+        "Modelled by the formulas of [scaling.md](scaling.md), and not run: a step of `paper`.\n",
+        table(("nodes", "N", "B", "gradients sent, MB", "embeddings sent, MB"), step_model),
+        "Modelled, and not run: an evaluation on 64 ranks.\n",
+        table(("images", "rank 0, GB", "each other, GB", "products"), evaluation_model),
+    )
+
+
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, recall(), step(), losses(), startup(), loader()])
+    return "\n".join([HEAD, recall(), step(), losses(), startup(), loader(), ranks()])
 
 
 if __name__ == "__main__":

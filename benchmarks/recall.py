@@ -32,6 +32,7 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import peak_memory
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
@@ -123,7 +124,7 @@ def peak(file: str) -> None:
     embeddings, labels = torch.from_numpy(loaded["embeddings"]), loaded["labels"]
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     recall_at_k(embeddings, labels, KS)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
+    print(1e6 * peak_memory() - held)
 
 
 def measured_peak(embeddings: Tensor, labels: Tensor) -> float:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from abe import checkpoint
 from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
 from abe.data.synthetic import SyntheticVehicles
@@ -279,8 +280,11 @@ def test_a_run_that_is_killed_goes_on_in_its_trackers(tmp_path: Path) -> None:
     for name in NAMES:
         assert scalars_of(name, run)["recall_at_1"] == logged(run)["recall_at_1"]
         assert image_steps_of(name, run) == {"masks": [0], "neighbours": [0]}
-    meta = checkpoints(run)[-1] / "meta.json"
-    meta.write_text(meta.read_text().replace('"steps": 400', '"steps": 3'))
+    path = checkpoints(run)[-1] / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["checksum"]
+    meta["config"]["train"]["steps"] = 3
+    path.write_text(json.dumps(meta | {"checksum": checkpoint._checksum(meta)}))
     subprocess.run([ABE, "train", "--resume", run], check=True, **own)
     assert logged(run)["loss"][-1][0] == 3
     for name in NAMES:
@@ -306,16 +310,16 @@ def test_what_came_after_the_checkpoint_does_not_stay(name: str, tmp_path: Path)
     run.mkdir()
     with open_tracking(run, config_of(name), None) as tracking:
         tell(tracking, run, 0, recall_at_1=0.5)
-        tracking.images(0, "masks", BLACK)
+        tracking.images(0, lambda: {"masks": BLACK})
         tracking.saved(0)
         for step in (1, 2, 3):
             tell(tracking, run, step, loss=100)
-            tracking.images(step, "masks", BLACK)
+            tracking.images(step, lambda: {"masks": BLACK})
     (run / "metrics.jsonl").write_text('{"step": 0, "recall_at_1": 0.5}\n')  # as `resume` leaves it
     with open_tracking(run, config_of(name), 0) as tracking:
         for step in (1, 2):
             tell(tracking, run, step, loss=step)
-        tracking.images(2, "masks", BLACK)
+        tracking.images(2, lambda: {"masks": BLACK})
         tracking.saved(2)
     assert scalars_of(name, run) == {"recall_at_1": [(0, 0.5)], "loss": [(1, 1), (2, 2)]}
     assert image_steps_of(name, run) == {"masks": [0, 2]}
@@ -361,7 +365,7 @@ def test_what_was_sent_is_not_sent_again(name: str, tmp_path: Path) -> None:
     with open_tracking(run, config_of(name), 1) as tracking:
         for step in (2, 3):
             tell(tracking, run, step, loss=step)
-            tracking.images(step, "masks", BLACK)
+            tracking.images(step, lambda: {"masks": BLACK})
         tracking.saved(3)
     assert scalars_of(name, run) == {"loss": [(0, 0), (1, 1), (2, 2), (3, 3)]}
     assert image_steps_of(name, run) == {"masks": [3]}
@@ -382,7 +386,7 @@ def test_a_server_that_is_away_is_warned_of_once_and_gets_it_later(
     with open_tracking(run, config_of("mlflow"), None) as tracking:
         for step in (0, 1):
             tell(tracking, run, step, loss=step)
-            tracking.images(step, "masks", BLACK)
+            tracking.images(step, lambda: {"masks": BLACK})
         with pytest.warns(UserWarning, match=r"tracking by mlflow fails \(.*127.0.0.1") as told:  # noqa: PT031
             tracking.saved(0)
             tracking.saved(1)
@@ -390,7 +394,7 @@ def test_a_server_that_is_away_is_warned_of_once_and_gets_it_later(
         assert "metrics.jsonl has every number" in str(told[0].message)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         tell(tracking, run, 2, loss=2)
-        tracking.images(2, "masks", BLACK)
+        tracking.images(2, lambda: {"masks": BLACK})
         tracking.saved(2)
     assert_same(scalars_of("mlflow", run), logged(run))
     assert image_steps_of("mlflow", run) == {"masks": [2]}  # pictures are not kept meanwhile

@@ -51,6 +51,10 @@ _ADVICE = "use another checkpoint, or train anew"
 _REPLACED = ".replaced"  # where a checkpoint is while another takes its place
 
 
+class DamagedCheckpointError(InputError):
+    """A checkpoint that was changed, cut or not written to its end."""
+
+
 @dataclass(frozen=True)
 class Best:
     """The checkpoint that the protocol picks so far: Recall@1 on the protocol's images."""
@@ -239,14 +243,14 @@ def set_aside_newer(run: Path, step: int | None) -> None:
         step: that a run goes on from; None if it begins.
 
     Raises:
-        InputError: one of them is whole.
+        InputError: one of them is whole, or cannot be read for another reason.
     """
     for path in checkpoints(run):
         if step is not None and path.name <= _name(step):
             continue
         try:
             Checkpoint.load(path)
-        except InputError:
+        except DamagedCheckpointError:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -261,7 +265,8 @@ def load_latest(run: Path) -> Checkpoint:
     """The newest checkpoint of a run that is whole, to go on from; a damaged one is warned of.
 
     Raises:
-        InputError: the run has no checkpoint, or only damaged ones.
+        InputError: the run has no checkpoint, or only damaged ones, or cannot read the newest one
+            for another reason.
     """
     paths = checkpoints(run)
     if not paths:
@@ -270,7 +275,7 @@ def load_latest(run: Path) -> Checkpoint:
     for path in reversed(paths):
         try:
             return Checkpoint.load(path)
-        except InputError as error:
+        except DamagedCheckpointError as error:
             if path == paths[0]:
                 raise
             warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=2)
@@ -319,8 +324,11 @@ def _name(step: int) -> str:
 
 def _read_meta(path: Path) -> _Meta:
     if not path.exists():
-        raise InputError(f"{path.parent} is no checkpoint: {path.name} is missing")
-    values = read_json(path)
+        raise DamagedCheckpointError(f"{path.parent} is no checkpoint: {path.name} is missing")
+    try:
+        values = read_json(path)
+    except InputError as error:
+        raise DamagedCheckpointError(str(error)) from None
     if values.get("format") == 1:
         values = _from_format_1(values)
     format = values.get("format")
@@ -336,7 +344,7 @@ def _read_meta(path: Path) -> _Meta:
         if isinstance(error, ValidationError):
             problem = error.errors()[0]
             what = ": ".join([*map(str, problem["loc"]), problem["msg"]])
-        raise InputError(f"{path} is damaged ({what}): {_ADVICE}") from None
+        raise DamagedCheckpointError(f"{path} is damaged ({what}): {_ADVICE}") from None
     if meta.checksum != _checksum(values):
         raise _changed(path)
     return meta
@@ -359,13 +367,15 @@ def _verified(path: Path, meta: _Meta) -> dict[str, Tensor]:
         if _sha256(path) == meta.sha256.get(path.name):
             return load_file(path)
     except (OSError, SafetensorError) as error:
+        passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        kind = InputError if passing else DamagedCheckpointError
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path} cannot be read ({reason}): {_ADVICE}") from None
+        raise kind(f"{path} cannot be read ({reason}): {_ADVICE}") from None
     raise _changed(path)
 
 
-def _changed(path: Path) -> InputError:
-    return InputError(f"{path} was changed or cut since it was written: {_ADVICE}")
+def _changed(path: Path) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path} was changed or cut since it was written: {_ADVICE}")
 
 
 def _sha256(path: Path) -> str:

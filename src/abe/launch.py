@@ -12,7 +12,9 @@ def launched_rank() -> int | None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["RANK"])
-    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in _SHELLS:
+    if {"SLURM_NTASKS", "SLURM_PROCID"} <= os.environ.keys() and os.environ.get(
+        "SLURM_JOB_NAME"
+    ) not in _SHELLS:
         return int(os.environ["SLURM_PROCID"])
     return None
 

@@ -211,7 +211,8 @@ class _WeightedDistances(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         vectors, weights = ctx.saved_tensors
         exact = vectors.to(weights.dtype)
-        pulls = weights.sum(-1, keepdim=True) * exact - weights @ exact
+        with torch.autocast(vectors.device.type, enabled=False):
+            pulls = weights.sum(-1, keepdim=True) * exact - weights @ exact
         return (pulls * (4 * gradient[..., None, None])).to(vectors.dtype), None, None
 
 

@@ -136,7 +136,7 @@ def _checked(vectors: Tensor, name: str) -> Tensor:
     if vectors.ndim != 2:
         raise InputError(f"{name} has shape {tuple(vectors.shape)}: expected (images, size)")
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    largest_distances = 4 * vectors.square().sum(1)  # squared, to one that is as long
+    largest_distances = 8 * vectors.square().sum(1)  # twice those squared, to one as long
     if not (finite := largest_distances.isfinite()).all():
         row = int(finite.long().argmin())
         raise InputError(f"{name} row {row} is not finite, or too large to be squared")

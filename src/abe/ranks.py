@@ -89,6 +89,7 @@ class Ranks:
         """
         if self.size == 1:
             return network
+        self.wait()  # for ranks that read images still
         with self.connected():
             wrapped: nn.Module = self.fabric.setup(network)
             wrapped(images.to(self.device)).sum().backward()

@@ -105,8 +105,9 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self, complete: bool) -> None:
-        """Close the file."""
-        self._writer.close()
+        """Close the file, if there is one."""
+        if "_writer" in self.__dict__:
+            self._writer.close()
 
 
 @dataclass
@@ -276,9 +277,16 @@ class Tracking:
         numbers = flat(values)
         self._tell_all(lambda tracker: tracker.scalars(step, numbers))
 
-    def images(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture."""
-        self._tell_all(lambda tracker: tracker.images(step, name, image))
+    def images(self, step: int, draw: Callable[[], Mapping[str, Image.Image]]) -> None:
+        """Pictures by name, drawn if there is a tracker; that they cannot be is the tracker's."""
+        pictures: dict[str, Image.Image] = {}
+
+        def tell(tracker: Tracker) -> None:
+            pictures.update(pictures or draw())
+            for name, image in pictures.items():
+                tracker.images(step, name, image)
+
+        self._tell_all(tell)
 
     def saved(self, step: int) -> None:
         """The checkpoint of a step is on the disk."""

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -220,8 +221,8 @@ class Trainer:
             return self._fit(go_on or resume_command(self.run))
 
     def _fit(self, go_on: str) -> dict[str, Any] | None:
-        self._begin()
         try:
+            self._begin()
             if not self._train(go_on):
                 return None
             return self._finish()
@@ -317,6 +318,7 @@ class Trainer:
         before = [buffer.clone() for buffer in buffers]
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(gpus):
+            seed_step(self.config.seed, 0)
             size = self.config.train.chunk_size or len(batch.images)
             own = embed_in_chunks(self._embed, batch.images, size)
             raw = self.ranks.gather(own, len(batch.labels))
@@ -379,7 +381,7 @@ class Trainer:
     def _embed(self, images: Tensor) -> Tensor:
         """The linear layer's output for uint8 images of this rank; (n, 3, H, W) -> (n, M, d)."""
         pixels = self.preprocessing.normalize(images.to(self.device, non_blocking=True))
-        with autocast(self.device, self.precision):
+        with self.ranks.connected(), autocast(self.device, self.precision):
             return self.network(pixels, normalize=False)
 
     def _loss(self, raw: Tensor, labels: Tensor) -> tuple[EnsembleLoss, Tensor]:
@@ -534,22 +536,20 @@ class Trainer:
         recall = None
         if self.ranks.first:
             recall = recall_at_k(query, select.labels, [1], *against)[1]
-            self._track_pictures(query, *against[:1])
+            self.tracking.images(self.step, lambda: self._pictures(query, *against[:1]))
         return float(self.ranks.from_first(recall))
 
-    def _track_pictures(self, embeddings: Tensor, gallery: Tensor | None = None) -> None:
-        """What learners look at and what a few of the protocol's images find, for the trackers."""
-        if not self.tracking:
-            return
+    def _pictures(
+        self, embeddings: Tensor, gallery: Tensor | None = None
+    ) -> dict[str, Image.Image]:
+        """What learners look at, and what a few of the protocol's images find."""
         from abe.report.pictures import mask_sheet, neighbor_sheet
 
-        select = self.splits.select
+        select, pictures = self.splits.select, {}
         if self.model.attention_heads is not None:
-            masks = mask_sheet(self.model.eval(), self.preprocessing, select)
-            self.tracking.images(self.step, "masks", masks)
+            pictures["masks"] = mask_sheet(self.model.eval(), self.preprocessing, select)
         found = neighbor_sheet(select, embeddings, self.splits.select_gallery, gallery)
-        if found is not None:
-            self.tracking.images(self.step, "neighbours", found)
+        return pictures if found is None else pictures | {"neighbours": found}
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -667,7 +667,7 @@ def _alone(run: Path) -> AbstractContextManager[object]:
 
 
 class GateStatistics:
-    """Mean and spread of the attention masks of a step, whose parts may be computed repeatedly."""
+    """Mean and spread of a rank's attention masks in a step, parts of it computed repeatedly."""
 
     def __init__(self, model: AttentionEnsemble) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64)  # of 1, of the masks and of their squares
@@ -808,6 +808,10 @@ def evaluate_run(
     checkpoint = load_selected(path)
     config = _on_device(checkpoint.config, device)
     ranks = Ranks(config.device, config.ranks_timeout)
+    precision: Precision | None = None
+    if config.device == checkpoint.config.device and config.precision == "auto":
+        found = _recorded_precision(path if checkpoint.path != path else path.parent.parent)
+        precision = None if found == "auto" else found
     model = checkpoint.build_model().to(ranks.device)
     if data is None and root is None:
         splits, facts = _open_own_images(path, config, ranks), None
@@ -832,6 +836,7 @@ def evaluate_run(
         weights=checkpoint.weights,
         method=_method(path, checkpoint),
         facts=facts,
+        precision=precision,
         ranks=ranks,
     ).record
 

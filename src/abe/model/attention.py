@@ -66,9 +66,10 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         spatial, masks = ctx.saved_tensors
-        of_spatial = torch.zeros_like(spatial)
+        exact = torch.promote_types(spatial.dtype, torch.float32)
+        of_spatial = torch.zeros_like(spatial, dtype=exact)
         of_masks = torch.empty_like(masks)
         for learner in range(masks.shape[1]):
             of_spatial.addcmul_(gradient[:, learner], masks[:, learner])
             torch.mul(gradient[:, learner], spatial, out=of_masks[:, learner])
-        return of_spatial, of_masks
+        return of_spatial.to(spatial.dtype), of_masks

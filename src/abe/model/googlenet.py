@@ -147,7 +147,10 @@ def _factor(norm: Tensor) -> Tensor:
 
 
 def _windows(x: Tensor, band: Tensor) -> Tensor:
-    """Sums over the nearest channels; (B, h, w, C) -> the same."""
+    """Sums over the nearest channels; (B, h, w, C) -> the same, in its precision."""
+    if x.dtype == torch.float32 and not x.is_meta:
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.flatten(0, 2) @ band).view_as(x)
     return (x.flatten(0, 2) @ band.to(x.dtype)).view_as(x)
 
 
