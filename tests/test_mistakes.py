@@ -501,7 +501,7 @@ MISTAKES = {
         Mistake(
             "Other settings for a run that goes on",
             "abe train --resume runs/birds --set train.steps=500",
-            "--resume goes on as the run was started: give ",
+            "runs/birds goes on as it was started: give only what changes no result",
             trained,
         ),
     ],

@@ -620,6 +620,16 @@ def test_less_memory_is_the_same_training(setting: str, finished: Path, tmp_path
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3)
 
 
+def test_a_run_goes_on_with_settings_that_change_no_result(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer(tiny("train.steps=0"), run, SILENT).fit()
+    trainer = Trainer.resume(run, SILENT, overrides=["train.chunk_size=3", "ranks_timeout=9"])
+    assert (trainer.config.train.chunk_size, trainer.config.ranks_timeout) == (3, 9)
+    for setting in ("train.lr=1", "precision=bf16", "seed=7"):
+        with pytest.raises(InputError, match=r"goes on as it was started.*data\.workers"):
+            Trainer.resume(run, SILENT, overrides=[setting])
+
+
 def test_chunks_refuse_batch_norm(tmp_path: Path) -> None:
     config = tiny("model.backbone=googlenet_bn", "model.weights=none", "train.chunk_size=4")
     with pytest.raises(InputError, match=r"batch norm.*without train\.chunk_size"):

@@ -190,13 +190,13 @@ def train(
     from abe.train import Trainer
 
     if resume is not None:
-        given = (data, run, root, recipe, weights, skip_broken, allow_partial, overrides)
+        given = (data, run, root, recipe, weights, skip_broken, allow_partial)
         if any(given) or split_classes is not None:
             raise InputError(
-                "--resume goes on as the run was started: give nothing with it but --results or "
-                "--device"
+                "--resume goes on as the run was started: give nothing with it but --results, "
+                "--device or a --set that changes no result"
             )
-        trainer = Trainer.resume(resume, err, device=device)
+        trainer = Trainer.resume(resume, err, device=device, overrides=overrides or ())
     else:
         config = _configure(
             recipe,

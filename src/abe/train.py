@@ -15,7 +15,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -183,7 +183,12 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, run: Path, console: Console | None = None, *, device: str | None = None
+        cls,
+        run: Path,
+        console: Console | None = None,
+        *,
+        device: str | None = None,
+        overrides: Iterable[str] = (),
     ) -> Trainer:
         """A trainer that goes on from the newest checkpoint of `run`, exactly.
 
@@ -191,12 +196,18 @@ class Trainer:
             run: its folder.
             console: where to report.
             device: to go on with another device, and then not to the bit; None for the run's.
+            overrides: settings that decide no result, such as "data.workers=0".
 
         Raises:
-            InputError: `run` has no checkpoint, or it is damaged.
+            InputError: `run` has no checkpoint, or it is damaged; or other settings are given.
         """
         checkpoint = load_latest(run)
-        config = _on_device(checkpoint.config, device)
+        config = _on_device(checkpoint.config, device).with_overrides(overrides)
+        if config.portable() != checkpoint.config.portable():
+            raise InputError(
+                f"{run} goes on as it was started: give only what changes no result, such as "
+                "data.workers, train.chunk_size, ranks_timeout or tracking"
+            )
         return cls(config, run, console, checkpoint=checkpoint)
 
     def fit(self, go_on: str | None = None) -> dict[str, Any] | None:
