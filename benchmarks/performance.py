@@ -197,8 +197,17 @@ def ranks() -> str:
 
 
 def page() -> str:
-    """The whole page."""
-    return "\n".join([HEAD, recall(), step(), losses(), startup(), loader(), ranks()])
+    """The whole page: what has been run."""
+    sections = {
+        "recall": recall,
+        "step": step,
+        "losses": losses,
+        "startup": startup,
+        "loader": loader,
+        "scaling": ranks,
+    }
+    run = [make() for name, make in sections.items() if (FOLDER / f"{name}.json").exists()]
+    return "\n".join([HEAD, *run])
 
 
 if __name__ == "__main__":
