@@ -111,6 +111,14 @@ class Trainer:
         *,
         checkpoint: Checkpoint | None = None,
     ) -> None:
+        self.config = config.anchored()
+        self.run = run
+        self.tracking = Tracking({})
+        require_packages(config.tracking)
+        self.ranks = Ranks(config.device, config.ranks_timeout)
+        if self.ranks.first and (run / LOCK).exists():
+            with _alone(run):
+                pass  # who is too late is told before images are read
         if checkpoint is None and checkpoints(run):
             raise InputError(
                 f"{run} holds a run already: go on with `{resume_command(run)}`, "
@@ -120,14 +128,6 @@ class Trainer:
             raise InputError(
                 f"{run} holds the result of a run whose checkpoints are gone: give another folder"
             )
-        self.config = config.anchored()
-        self.run = run
-        self.tracking = Tracking({})
-        require_packages(config.tracking)
-        self.ranks = Ranks(config.device, config.ranks_timeout)
-        if self.ranks.first and (run / LOCK).exists():
-            with _alone(run):
-                pass  # who is too late is told before images are read
         self.device = self.ranks.device
         self.console = (
             (console or Console(stderr=True)) if self.ranks.first else Console(quiet=True)
