@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import forge
 from safetensors.torch import load_file, save_file
 
 from abe.checkpoint import (
@@ -226,20 +227,6 @@ def test_a_file_with_the_right_hash_that_is_no_safetensors(tmp_path: Path) -> No
     forge(path, sha256={"model.safetensors": hashlib.sha256(b"no tensors").hexdigest()})
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         Checkpoint.load(path)
-
-
-def forge(path: Path, **changes: Any) -> None:
-    """Change meta.json and its checksum; a dictionary changes a part of one."""
-    meta = json.loads((path / "meta.json").read_text())
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(meta[key], dict):
-            meta[key] |= value
-        else:
-            meta[key] = value
-    del meta["checksum"]
-    content = json.dumps(meta, sort_keys=True).encode()
-    meta = {"checksum": hashlib.sha256(content).hexdigest()} | meta
-    (path / "meta.json").write_text(json.dumps(meta))
 
 
 def test_the_checksum_is_of_the_sorted_rest(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import shorten
 from PIL import Image
 
 from abe import cli
@@ -251,7 +252,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     last = checkpoints(folder / run)[-1]
     assert last.name == f"step-{int(step):08d}"
 
-    finish(folder / run, steps=int(step) + 1)
+    shorten(folder / run, steps=int(step) + 1)
     name, *arguments = shlex.split(command)
     assert name == str(ABE)
     monkeypatch.chdir(folder)
@@ -260,14 +261,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     lines = read_json_lines(folder / run / "metrics.jsonl")
     taken = [line["step"] for line in lines if "loss" in line]
     assert taken == list(range(1, int(step) + 2))
-
-
-def finish(run: Path, steps: int) -> None:
-    """Let the newest checkpoint have only a few steps to go: a test cannot wait for 2,000."""
-    meta = checkpoints(run)[-1] / "meta.json"
-    values = json.loads(meta.read_text())
-    values["config"]["train"]["steps"] = steps
-    meta.write_text(json.dumps(values))
 
 
 @pytest.mark.slow

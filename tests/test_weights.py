@@ -516,10 +516,17 @@ def test_directory_that_is_no_checkpoint(tmp_path):
         read_weights(tmp_path)
 
 
-@pytest.mark.parametrize("meta", ["{", "[]", '{"preprocessing": {"chanels": "RGB"}}'])
-def test_checkpoint_with_a_damaged_meta(meta, copied):
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is no JSON object"),
+        ('{"preprocessing": {"chanels": "RGB"}}', "is damaged"),
+    ],
+)
+def test_checkpoint_with_a_damaged_meta(meta, says, copied):
     (copied / "meta.json").write_text(meta)
-    with pytest.raises(InputError, match=rf"^{copied}/meta\.json is damaged"):
+    with pytest.raises(InputError, match=rf"^{copied}/meta\.json {says}.*: use another"):
         read_weights(copied)
 
 

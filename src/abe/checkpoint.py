@@ -328,7 +328,7 @@ def _read_meta(path: Path) -> _Meta:
     try:
         values = read_json(path)
     except InputError as error:
-        raise DamagedCheckpointError(str(error)) from None
+        raise DamagedCheckpointError(f"{error}: {_ADVICE}") from None
     if values.get("format") == 1:
         values = _from_format_1(values)
     format = values.get("format")
