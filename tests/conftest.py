@@ -81,6 +81,12 @@ def server(
         thread.join()
 
 
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def fast_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AMX, and as on one without it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": request.param})
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

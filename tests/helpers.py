@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from abe.checkpoint import checkpoints
 
 
@@ -27,3 +30,44 @@ def shorten(run: Path, *, steps: int) -> None:
     path = checkpoints(run)[-1]
     config = json.loads((path / "meta.json").read_text())["config"]
     forge(path, config=config | {"train": config["train"] | {"steps": steps}})
+
+
+# --- Embeddings whose order is hard to tell ---
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def duplicated(vectors):
+    """Every third one a copy of another."""
+    vectors = vectors.clone()
+    vectors[::3] = vectors[torch.arange(0, len(vectors), 3) * 7 % len(vectors)]
+    return vectors
+
+
+def last_bits(vectors):
+    """Every second one as the one before, but for one coordinate's last bit."""
+    vectors = vectors.clone()
+    vectors[1::2] = vectors[::2]
+    vectors[1::2, 0] = vectors[1::2, 0].nextafter(torch.tensor(9.0).to(vectors))
+    return vectors
+
+
+UNIT = F.normalize(normal(300, 40), dim=1)
+EMBEDDINGS = {
+    "unit length": UNIT,
+    "float64": UNIT.double() + 1e-12 * normal(300, 40, seed=1),
+    "bfloat16": UNIT.bfloat16(),
+    "duplicates": duplicated(UNIT),
+    "last bits": last_bits(UNIT),
+    "last bits of float64": last_bits(UNIT.double()),
+    "few bits": (8 * UNIT).round(),
+    "collapsed": F.normalize(UNIT[:1] + 1e-7 * UNIT, dim=1),
+    "collapsed far from the origin": 1000 + 1e-4 * UNIT,
+    "collapsed onto five points": F.normalize(UNIT[:5].repeat(60, 1) + 1e-7 * UNIT, dim=1),
+    "of very different lengths": UNIT * normal(300, 1, seed=2).mul(4).exp(),
+    "one far away": torch.cat([UNIT[:-1], 1e8 * UNIT[-1:]]),
+    "smaller than products can be": 1e-30 * UNIT,
+    "as large as can be squared": 6.5e18 * UNIT,
+}

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import EMBEDDINGS
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -246,6 +247,57 @@ def test_ranks_score_exactly_as_one_process_does(
         record = json.loads((tmp_path / str(rank)).read_text())
         assert record["scores"] == expected["scores"]
         assert record["environment"]["ranks"] == size
+
+
+SEARCH = """
+from safetensors.torch import load_file
+from abe.evaluate import score
+from abe.metrics import retrieval_metrics
+from abe.neighbors import nearest_neighbors
+from abe.ranks import Ranks
+from abe.report.pictures import nearest_others
+from abe.results import write_result
+ranks, found = Ranks("cpu"), {}
+for name, whole in load_file(f"{folder}.safetensors").items():
+    labels = torch.arange(len(whole)) % 60
+    for separate in (False, True):
+        query, items = (whole[:120], whole[120:]) if separate else (whole, None)
+        def own(rows):
+            if rows is None or ranks.size == 1:
+                return rows
+            first, last = [0, 7, 7, len(rows)][rank : rank + 2]
+            return rows[first:last] if first < last else rows.new_empty(0, 0)
+        of_items = labels[120:] if separate else None
+        case = own(query), labels[:len(query)], [1, 2, 100], own(items), of_items
+        found[f"{name}, {separate}"] = [
+            retrieval_metrics(*case, ranks=ranks),
+            nearest_neighbors(own(query), own(items), 9, ranks=ranks).indices.tolist(),
+            nearest_others(own(query), own(items), [5, 7, 110], 9, ranks),
+        ]
+    learners = whole.view(-1, 2, whole.shape[1] // 2)
+    shard = own(learners)
+    if not len(shard):
+        shard = learners[:0]
+    scores = ranks.from_first(score(shard, labels, [1, 2], ranks=ranks))
+    found[f"{name}, learners"] = scores
+write_result(run / "saved", {"method": "ABE"}, shard, shard, ranks)
+Path(f"{folder} {rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_search_each_others_images_exactly_as_one_process_does(tmp_path: Path) -> None:
+    """Of three ranks the first has 7 images, the second none and the third all others."""
+    chosen = ("unit length", "duplicates", "last bits", "collapsed", "float64")
+    written = {name: EMBEDDINGS[name].contiguous() for name in chosen}
+    for size in (1, 3):
+        save_file(written, tmp_path / f"{size}.safetensors")
+        assert on_ranks(size, SEARCH, tmp_path / str(size)) == [0] * size
+    expected = json.loads((tmp_path / "1 0.json").read_text())
+    for rank in range(3):
+        assert json.loads((tmp_path / f"3 {rank}.json").read_text()) == expected
+    saved = [tmp_path / size / "saved" / "embeddings.safetensors" for size in ("1", "3")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 # --- The command -------------------------------------------------------------------------------

@@ -28,7 +28,16 @@ from abe.data.synthetic import SyntheticVehicles
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.model.ensemble import AttentionEnsemble
-from abe.report.pictures import FRAME, RESULTS, RIGHT, THUMBNAIL, WRONG, mask_sheet, neighbor_sheet
+from abe.report.pictures import (
+    FRAME,
+    RESULTS,
+    RIGHT,
+    THUMBNAIL,
+    WRONG,
+    mask_sheet,
+    neighbor_sheet,
+    some_neighbors,
+)
 from abe.results import flatten
 from abe.runtime import append_json_line, read_json, read_json_lines
 from abe.tracking import PACKAGES, Tracking, flat, open_tracking
@@ -466,8 +475,7 @@ def test_neighbours_are_framed_by_whether_they_are_right() -> None:
         scores = [float(embeddings[query] @ embeddings[index]) for index in range(24)]
         order = sorted((i for i in range(24) if i != query), key=lambda i: -scores[i])
         right.append([images.labels[i] == images.labels[query] for i in order[:RESULTS]])
-    sheet = neighbor_sheet(images, embeddings)
-    assert sheet is not None
+    sheet = neighbor_sheet(some_neighbors(images, embeddings), images)
     assert frames_of(sheet) == verdicts(right)
     inside = sheet.crop((FRAME, FRAME, THUMBNAIL - FRAME, THUMBNAIL - FRAME))
     assert np.array_equal(inside, images.load(queries[0]).resize(inside.size, Image.BICUBIC))
@@ -477,12 +485,11 @@ def test_neighbours_come_from_the_gallery_if_there_is_one() -> None:
     images = SyntheticVehicles(4, 3, size=40)
     queries, gallery = images.select(np.arange(0, 6)), images.select(np.arange(3, 12))
     found = torch.eye(9)[[0, 1, 2]].repeat(2, 1)  # of class 1, which images 3, 4, 5 are of
-    sheet = neighbor_sheet(queries, found, gallery, torch.eye(9))
-    assert sheet is not None
+    sheet = neighbor_sheet(some_neighbors(queries, found, gallery, torch.eye(9)), queries, gallery)
     assert frames_of(sheet)[0][:2] == verdicts([[True]])[0]
     assert len(frames_of(sheet)) == 3  # class 0 is not in the gallery
     none = images.select(np.arange(6, 9))
-    assert neighbor_sheet(none, found[:3], images.select(np.arange(3)), found[:3]) is None
+    assert some_neighbors(none, found[:3], images.select(np.arange(3)), found[:3]) == {}
 
 
 def test_flat_names() -> None:

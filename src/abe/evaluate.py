@@ -24,6 +24,7 @@ from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
 from abe.results import result_record
 from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
+from abe.shards import Shards
 from abe.start import start
 
 NMI_CLASSES = 1000  # at most
@@ -33,7 +34,7 @@ Embedder = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> (B, M
 class Evaluation(NamedTuple):
     """The result of a run on its N test images, and G gallery images if they have a gallery.
 
-    Of several ranks only the first has the embeddings; the others have none, (0, M, d).
+    Of several ranks each has the embeddings of its own share of the images.
     """
 
     record: dict[str, Any]
@@ -81,6 +82,28 @@ def embed(
     return embeddings
 
 
+def embed_share(
+    embedder: Embedder,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    ranks: Ranks,
+    *,
+    precision: Precision,
+    workers: int = 0,
+) -> Tensor:
+    """A rank's part of what `embed` makes of a data set; (own, M, d), which may be no rows."""
+    own = embed(
+        embedder,
+        images,
+        preprocessing,
+        device=ranks.device,
+        precision=precision,
+        workers=workers,
+        part=ranks.part,
+    )
+    return Shards(own, ranks).own
+
+
 def evaluate_test(
     embedder: Embedder,
     config: Config,
@@ -96,7 +119,7 @@ def evaluate_test(
 ) -> Evaluation:
     """Embed and score the test images of a run, against their gallery or among themselves.
 
-    Each rank embeds its share of them, and the first one scores.
+    Each rank embeds its share of them, and all score together: the scores are those of one process.
 
     Args:
         embedder: as in `embed`.
@@ -115,22 +138,13 @@ def evaluate_test(
     precision = precision or ranks.from_first(choose_precision(config.precision, device))
 
     def embedded(images: LabelledImages) -> Tensor:
-        return ranks.collect(
-            embed(
-                embedder,
-                images,
-                preprocessing,
-                device=device,
-                precision=precision,
-                workers=config.data.workers,
-                part=ranks.part,
-            )
+        workers = config.data.workers
+        return embed_share(
+            embedder, images, preprocessing, ranks, precision=precision, workers=workers
         )
 
     embeddings = embedded(splits.test)
     gallery = None if splits.gallery is None else embedded(splits.gallery)
-    if not ranks.first:
-        return Evaluation(ranks.from_first(None), embeddings, gallery)
     if splits.gallery is None:
         gallery_labels, candidates = None, len(splits.test) - 1
     else:
@@ -138,7 +152,7 @@ def evaluate_test(
     ks = [k for k in splits.ks if k <= candidates]
     record = result_record(
         config,
-        scores=score(embeddings, splits.test.labels, ks, gallery, gallery_labels),
+        scores=score(embeddings, splits.test.labels, ks, gallery, gallery_labels, ranks),
         best=best,
         data=facts or splits.describe(),
         images_digest=splits.digest,
@@ -197,15 +211,18 @@ def score(
     ks: Sequence[int] = KS,
     gallery: Tensor | None = None,
     gallery_labels: np.ndarray | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """All metrics of the ensemble and of every learner, and how alike the learners are.
 
     Args:
-        embeddings: (N, M, d), each learner of unit length.
+        embeddings: (N, M, d), each learner of unit length; of several ranks this one's.
         labels: (N,).
         ks: the K of Recall@K.
-        gallery: (G, M, d), what the images are compared with; None: with each other.
+        gallery: (G, M, d), what the images are compared with, of several ranks this one's; None:
+            with each other.
         gallery_labels: (G,), given with a gallery.
+        ranks: the processes; None for one by itself.
 
     Returns:
         {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines}, see `metrics`
@@ -215,16 +232,16 @@ def score(
     learners = embeddings.unbind(1)
     galleries = [None] * len(learners) if gallery is None else gallery.unbind(1)
     whole = None if gallery is None else concat(gallery)
-    ensemble = metrics(concat(embeddings), classes, ks, whole, gallery_labels)
+    ensemble = metrics(concat(embeddings), classes, ks, whole, gallery_labels, ranks)
     return {
         "ensemble": ensemble,
         "learners": [
-            metrics(learner, classes, ks, own_gallery, gallery_labels)
+            metrics(learner, classes, ks, own_gallery, gallery_labels, ranks)
             for learner, own_gallery in zip(learners, galleries, strict=True)
         ]
         if len(learners) > 1
         else [ensemble],
-        "similarity": similarity(embeddings, classes),
+        "similarity": similarity(embeddings, classes, ranks),
     }
 
 
@@ -234,34 +251,41 @@ def metrics(
     ks: Sequence[int] = KS,
     gallery: Tensor | None = None,
     gallery_labels: np.ndarray | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Scores of (N, D) embeddings, against a gallery (G, D) or among themselves.
 
     Returns:
         "recall@K", "map@r" and "r_precision"; and "nmi", unless there is a gallery, of which it
-        knows nothing, or more than 1,000 classes, whose k-means would take hours. Fractions.
+        knows nothing, or more than 1,000 classes, whose k-means would take hours. Fractions. Of
+        several ranks the first one clusters all embeddings, and it alone has "nmi".
     """
-    found = retrieval_metrics(embeddings, labels, ks, gallery, gallery_labels)
+    found = retrieval_metrics(embeddings, labels, ks, gallery, gallery_labels, ranks=ranks)
     if gallery is None and len(labels.unique()) <= NMI_CLASSES:
-        found["nmi"] = nmi(embeddings, labels)
+        parts = list(Shards(embeddings, ranks).parts())
+        if parts:
+            found["nmi"] = nmi(torch.cat(parts), labels)
     return found
 
 
-def pair_cosines(embeddings: Tensor, labels: Tensor, sample: int = 1000) -> dict[str, Tensor]:
+def pair_cosines(
+    embeddings: Tensor, labels: Tensor, sample: int = 1000, ranks: Ranks | None = None
+) -> dict[str, Tensor]:
     """Cosines of the three kinds of pairs whose histograms Fig. 5 shows.
 
     Args:
-        embeddings: (N, M, d), each learner of unit length.
+        embeddings: (N, M, d), each learner of unit length; of several ranks this one's.
         labels: (N,).
         sample: images that the pairs are drawn from, of whole classes: all pairs of 10^5 images are
             too many, and single images of small classes have no positive pair.
+        ranks: the processes; None for one by itself.
 
     Returns:
         "positive" and "negative": pairs of images by the same learner; "self": pairs of learners
         on the same image.
     """
     rows = _whole_classes(labels, sample)
-    embeddings, labels = embeddings[rows], labels[rows]
+    embeddings, labels = Shards(embeddings, ranks).select(rows), labels[rows]
     between_images = torch.einsum("imd,jmd->ijm", embeddings, embeddings)
     between_learners = torch.einsum("ipd,iqd->ipq", embeddings, embeddings)
     same = labels[:, None] == labels[None, :]
@@ -290,7 +314,9 @@ def _whole_classes(labels: Tensor, sample: int) -> Tensor:
     return rows[order[of_image[rows]].argsort(stable=True)][:sample].sort().values
 
 
-def similarity(embeddings: Tensor, labels: Tensor) -> dict[str, float | None]:
+def similarity(
+    embeddings: Tensor, labels: Tensor, ranks: Ranks | None = None
+) -> dict[str, float | None]:
     """Mean cosine of positive, negative and self pairs; None where there is no such pair."""
-    cosines = pair_cosines(embeddings, labels)
+    cosines = pair_cosines(embeddings, labels, ranks=ranks)
     return {kind: values.mean().item() if len(values) else None for kind, values in cosines.items()}

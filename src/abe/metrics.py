@@ -5,14 +5,17 @@ rows of unit length, such as `concat` gives, that is the order of the inner prod
 
 Queries are compared with a gallery, or among themselves, where each leaves itself out by index.
 Queries that no other image matches cannot be answered: they are left out of the mean, and a
-warning counts them. Equal distances are ordered by gallery index. Recall@K is exact, see
-`abe.ranking`; what looks at R neighbours takes their distances as float32 gives them.
+warning counts them. Distances are those that `abe.distances` defines, and equal ones are ordered by
+gallery index: the order is exact, whatever the products are computed in.
+
+Several ranks can hold the images together. Each gives its own embeddings and the labels of all, and
+receives what one process computes, to the bit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abe.errors import InputError
-from abe.neighbors import nearest_neighbors
+from abe.neighbors import neighbors_by_block
 from abe.ranking import match_ranks
+from abe.ranks import Ranks
+from abe.shards import Shards
 
 Array = Tensor | NDArray[Any]  # labels may be of any kind that can be sorted: numbers, strings
 KS = (1, 2, 4, 8)  # of Tables 1 to 5
@@ -34,17 +39,20 @@ def recall_at_k(
     ks: Iterable[int],
     gallery: Array | None = None,
     gallery_labels: Array | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> dict[int, float]:
     """Recall@K of the field: how many queries have their label among their K nearest.
 
     Not information retrieval's recall: one right neighbour counts as much as K.
 
     Args:
-        query: embeddings (Q, D).
-        query_labels: (Q,).
+        query: embeddings (Q, D), of several ranks this one's.
+        query_labels: of all of them, (Q,).
         ks: the values of K.
-        gallery: embeddings (N, D); the queries themselves if None.
-        gallery_labels: (N,), given with a gallery.
+        gallery: embeddings (N, D), of several ranks this one's; the queries themselves if None.
+        gallery_labels: of all of them, (N,), given with a gallery.
+        ranks: the processes; None for one by itself.
 
     Returns:
         For each K a fraction between 0 and 1, over the queries that have a match.
@@ -54,7 +62,7 @@ def recall_at_k(
             query with a match, no images, shapes that do not fit, embeddings that are not finite.
     """
     wanted = _checked_ks(ks)
-    return _recall(_retrieval(query, query_labels, gallery, gallery_labels), wanted)
+    return _recall(_retrieval(query, query_labels, gallery, gallery_labels, ranks), wanted)
 
 
 def r_precision(
@@ -62,6 +70,8 @@ def r_precision(
     query_labels: Array,
     gallery: Array | None = None,
     gallery_labels: Array | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> float:
     """R-precision: the right ones among a query's R nearest, where R images match it.
 
@@ -71,7 +81,8 @@ def r_precision(
     Returns:
         The mean over the queries that have a match, between 0 and 1.
     """
-    return _r_precision(*_matches(_retrieval(query, query_labels, gallery, gallery_labels)))
+    retrieval = _retrieval(query, query_labels, gallery, gallery_labels, ranks)
+    return _precisions(retrieval)["r_precision"]
 
 
 def map_at_r(
@@ -79,6 +90,8 @@ def map_at_r(
     query_labels: Array,
     gallery: Array | None = None,
     gallery_labels: Array | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> float:
     """MAP@R: mean average precision over a query's R nearest, where R images match it.
 
@@ -89,7 +102,7 @@ def map_at_r(
     Returns:
         The mean over the queries that have a match, between 0 and 1.
     """
-    return _map_at_r(*_matches(_retrieval(query, query_labels, gallery, gallery_labels)))
+    return _precisions(_retrieval(query, query_labels, gallery, gallery_labels, ranks))["map@r"]
 
 
 def retrieval_metrics(
@@ -98,6 +111,8 @@ def retrieval_metrics(
     ks: Iterable[int],
     gallery: Array | None = None,
     gallery_labels: Array | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Recall@K, MAP@R and R-precision with one search less than one by one.
 
@@ -107,13 +122,9 @@ def retrieval_metrics(
         "recall@K" for each K, "map@r" and "r_precision".
     """
     wanted = _checked_ks(ks)
-    retrieval = _retrieval(query, query_labels, gallery, gallery_labels)
+    retrieval = _retrieval(query, query_labels, gallery, gallery_labels, ranks)
     found = {f"recall@{k}": share for k, share in _recall(retrieval, wanted).items()}
-    matches, relevant = _matches(retrieval)
-    return found | {
-        "map@r": _map_at_r(matches, relevant),
-        "r_precision": _r_precision(matches, relevant),
-    }
+    return found | _precisions(retrieval)
 
 
 def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
@@ -142,18 +153,19 @@ def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
 
 
 class _Retrieval(NamedTuple):
-    """Who is looked for where."""
+    """Who is looked for where: the embeddings are this rank's, the rest is of all ranks."""
 
     query: Tensor
-    """(Q, D)."""
+    """(own, D)."""
     query_classes: Tensor
     """(Q,), from 0."""
     gallery: Tensor | None
-    """(N, D)."""
+    """(own, D)."""
     item_classes: Tensor
     """(N,); the queries' without a gallery."""
     relevant: Tensor
     """(Q,), R: how many gallery items match."""
+    ranks: Ranks | None
 
 
 def _retrieval(
@@ -161,14 +173,15 @@ def _retrieval(
     query_labels: Array,
     gallery: Array | None,
     gallery_labels: Array | None,
+    ranks: Ranks | None,
 ) -> _Retrieval:
     """Check, number the classes, and warn the caller's caller of queries without a match."""
     if (gallery is None) != (gallery_labels is None):
         raise InputError("gallery and gallery_labels: give both or neither")
-    query, query_labels = _checked(query, query_labels, "query")
+    query, query_labels = _checked(query, query_labels, "query", ranks)
     items, item_labels = None, query_labels
     if gallery is not None and gallery_labels is not None:
-        items, item_labels = _checked(gallery, gallery_labels, "gallery")
+        items, item_labels = _checked(gallery, gallery_labels, "gallery", ranks)
 
     names, inverse = np.unique(np.concatenate([query_labels, item_labels]), return_inverse=True)
     classes = torch.as_tensor(inverse, device=query.device)
@@ -176,46 +189,60 @@ def _retrieval(
     class_sizes = item_classes.bincount(minlength=len(names))
     relevant = class_sizes[query_classes] - int(gallery is None)
     num_left_out = int((relevant == 0).sum())
-    if num_left_out == len(query):
-        raise InputError(f"none of the {len(query)} queries has its label in the gallery")
-    if num_left_out:
+    if num_left_out == len(relevant):
+        raise InputError(f"none of the {len(relevant)} queries has its label in the gallery")
+    if num_left_out and (ranks is None or ranks.first):
         warnings.warn(
-            f"{num_left_out} of {len(query)} queries have no other image of their label: "
+            f"{num_left_out} of {len(relevant)} queries have no other image of their label: "
             "they are left out of the mean",
             stacklevel=3,
         )
-    return _Retrieval(query, query_classes, items, item_classes, relevant)
+    return _Retrieval(query, query_classes, items, item_classes, relevant, ranks)
 
 
 def _recall(retrieval: _Retrieval, ks: Sequence[int]) -> dict[int, float]:
-    query, query_classes, gallery, item_classes, relevant = retrieval
-    ranks = match_ranks(query, query_classes, gallery, item_classes, max(ks))[relevant > 0]
-    return {k: (ranks < k).double().mean().item() for k in ks}
+    query, query_classes, gallery, item_classes, relevant, ranks = retrieval
+    found = match_ranks(query, query_classes, gallery, item_classes, max(ks), ranks=ranks)
+    found = found[relevant > 0]
+    return {k: (found < k).double().mean().item() for k in ks}
 
 
-def _matches(retrieval: _Retrieval) -> tuple[Tensor, Tensor]:
-    """Which of its R nearest have the query's label, for the queries that have a match.
+def _precisions(retrieval: _Retrieval) -> dict[str, float]:
+    """R-precision and MAP@R, the means over the queries that have a match."""
+    relevant = retrieval.relevant
+    right = relevant.new_zeros(len(relevant), dtype=torch.float64)
+    average = torch.zeros_like(right)
+    for queries, matches in _matches(retrieval):
+        most = relevant[queries].clamp(min=1)
+        right[queries] = _r_precision(matches, most)
+        average[queries] = _average_precision(matches, most)
+    found = {"map@r": average, "r_precision": right}
+    return {name: values[relevant > 0].mean().item() for name, values in found.items()}
 
-    Returns:
-        matches (Q', largest R), nearest first, and R (Q',) in float64. Beyond a query's own R
-        matches are False.
+
+def _matches(retrieval: _Retrieval) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some queries (B,) at a time, and which of their R nearest have their label.
+
+    (B, largest R), nearest first; beyond a query's own R they are False.
     """
-    query, query_classes, gallery, item_classes, relevant = retrieval
+    query, query_classes, gallery, item_classes, relevant, ranks = retrieval
     depth = int(relevant.max())
-    indices = nearest_neighbors(query, gallery, depth, similarity="euclidean").indices
-    matches = item_classes[indices] == query_classes.unsqueeze(1)
-    matches &= torch.arange(depth, device=matches.device) < relevant.unsqueeze(1)
-    return matches[relevant > 0], relevant[relevant > 0].double()
+    for queries, found in neighbors_by_block(query, gallery, depth, ranks=ranks):
+        matches = item_classes[found.indices] == query_classes[queries].unsqueeze(1)
+        matches &= torch.arange(depth, device=matches.device) < relevant[queries].unsqueeze(1)
+        yield queries, matches
 
 
-def _r_precision(matches: Tensor, relevant: Tensor) -> float:
-    return (matches.sum(1) / relevant).mean().item()
+def _r_precision(matches: Tensor, relevant: Tensor) -> Tensor:
+    """Of each query (B,)."""
+    return matches.sum(1) / relevant.double()
 
 
-def _map_at_r(matches: Tensor, relevant: Tensor) -> float:
-    ranks = torch.arange(1, matches.shape[1] + 1, device=matches.device)
-    precision = matches.cumsum(1) / ranks.double()
-    return ((precision * matches).sum(1) / relevant).mean().item()
+def _average_precision(matches: Tensor, relevant: Tensor) -> Tensor:
+    """Of each query over its R nearest (B,)."""
+    positions = torch.arange(1, matches.shape[1] + 1, device=matches.device)
+    precision = matches.cumsum(1) / positions.double()
+    return (precision * matches).sum(1) / relevant
 
 
 def _checked_ks(ks: Iterable[int]) -> list[int]:
@@ -225,12 +252,19 @@ def _checked_ks(ks: Iterable[int]) -> list[int]:
     return wanted
 
 
-def _checked(embeddings: Array, labels: Array, name: str) -> tuple[Tensor, NDArray[Any]]:
+def _checked(
+    embeddings: Array, labels: Array, name: str, ranks: Ranks | None = None
+) -> tuple[Tensor, NDArray[Any]]:
     embeddings = torch.as_tensor(embeddings)
     labels = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if embeddings.ndim != 2 or 0 in embeddings.shape or labels.shape != (len(embeddings),):
+    found = tuple(embeddings.shape)
+    if len(found) == 2:
+        rows = Shards(embeddings, ranks)
+        embeddings = rows.own
+        found = len(rows), embeddings.shape[1]
+    if len(found) != 2 or 0 in found or labels.shape != found[:1]:
         raise InputError(
-            f"{name} and its labels have shapes {tuple(embeddings.shape)} and "
-            f"{tuple(labels.shape)}: expected (images, size) and (images,), none of them 0"
+            f"{name} and its labels have shapes {found} and {labels.shape}: "
+            "expected (images, size) and (images,), none of them 0"
         )
     return embeddings, labels

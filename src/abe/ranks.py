@@ -54,6 +54,8 @@ class Ranks:
         device: of this process.
         first: whether this is rank 0.
         first_here: whether this is the first rank of its machine.
+        patient: group of all ranks, for what is on the CPU, that waits however long one takes; None
+            for a process by itself.
 
     Raises:
         InputError: the device cannot be used so, or how the processes were started does not fit.
@@ -61,7 +63,7 @@ class Ranks:
     """
 
     def __init__(self, device: str = "auto", timeout: float = 60.0) -> None:
-        self._waiting: distributed.ProcessGroup | None = None
+        self.patient: distributed.ProcessGroup | None = None
         if launched_rank() is None:
             self.rank, self.size, self.first_here = 0, 1, True
             self.device = choose_device(device)
@@ -71,7 +73,7 @@ class Ranks:
             self.first_here = self.fabric.local_rank == 0
             self.device = self.fabric.device
             with self.connected():
-                self._waiting = distributed.new_group(backend="gloo", timeout=WAIT)
+                self.patient = distributed.new_group(backend="gloo", timeout=WAIT)
         self.first = self.rank == 0
 
     @property
@@ -148,34 +150,7 @@ class Ranks:
         """Go on when all ranks are here, however long one takes."""
         if self.size > 1:
             with self.connected():
-                distributed.barrier(self._waiting)
-
-    def collect(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks in order, on the first; none on the others.
-
-        Waits however long one takes. Only the first rank needs memory for all of them.
-
-        Args:
-            rows: (own, ...), on the CPU; who has none may leave the sizes behind it 0.
-        """
-        if self.size == 1:
-            return rows
-        shapes = torch.zeros(self.size, rows.ndim, dtype=torch.int64)
-        with self.connected():
-            distributed.all_gather_single(shapes, torch.tensor([rows.shape]), self._waiting)
-            sizes = shapes.amax(0)[1:].tolist()
-            if not self.first:
-                if len(rows):
-                    distributed.send(rows.contiguous(), 0, self._waiting)
-                return rows.new_empty(0, *sizes)
-            counts = shapes[:, 0].tolist()
-            collected = rows.new_empty(sum(counts), *sizes)
-            own, *others = collected.split(counts)
-            own.copy_(rows.view(own.shape))
-            for rank, part in enumerate(others, start=1):
-                if len(part):
-                    distributed.recv(part, rank, self._waiting)
-        return collected
+                distributed.barrier(self.patient)
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value, on every rank; what JSON can say. Waits however long it takes."""
@@ -184,10 +159,10 @@ class Ranks:
         text = bytearray(json.dumps(value).encode())
         length = torch.tensor(len(text))
         with self.connected():
-            distributed.broadcast(length, 0, self._waiting)
+            distributed.broadcast(length, 0, self.patient)
             told = torch.frombuffer(text, dtype=torch.uint8) if self.first else None
             sent = torch.empty(int(length), dtype=torch.uint8) if told is None else told
-            distributed.broadcast(sent, 0, self._waiting)
+            distributed.broadcast(sent, 0, self.patient)
         return json.loads(sent.numpy().tobytes())
 
     def require_same(self, **values: Any) -> None:

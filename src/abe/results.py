@@ -6,9 +6,12 @@ which software on which hardware, and the scores. No figure that we show is type
 
 from __future__ import annotations
 
+import collections
 import datetime
 import json
+import math
 import statistics
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -16,20 +19,21 @@ from typing import Any
 
 from rich import box
 from rich.table import Column, Table
-from safetensors import SafetensorError
 from torch import Tensor
 
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
+from abe.ranks import Ranks
 from abe.runtime import (
     append_json_line,
     read_json_lines,
+    replaced,
     resume_command,
     typed,
     write_json,
-    write_tensors,
 )
+from abe.shards import Shards
 
 
 def method_name(config: Config) -> str:
@@ -88,28 +92,41 @@ def result_record(
 
 
 def write_result(
-    folder: Path, record: dict[str, Any], embeddings: Tensor, gallery: Tensor | None = None
+    folder: Path,
+    record: dict[str, Any],
+    embeddings: Tensor,
+    gallery: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Leave a result in its run's folder: result.json and embeddings.safetensors.
+
+    Of several ranks the first one writes, and the others send it what they have.
 
     Args:
         folder: of the run.
         record: see `result_record`.
-        embeddings: of the test images, (N, M, d).
+        embeddings: of the test images, (N, M, d) in float32, of several ranks this one's.
         gallery: of what they were compared with, (G, M, d), if not with each other.
+        ranks: the processes; None for one by itself.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
     saved, result = folder / "embeddings.safetensors", folder / "result.json"
-    tensors = {"embeddings": embeddings} | ({} if gallery is None else {"gallery": gallery})
+    tensors = {"embeddings": Shards(embeddings, ranks)}
+    if gallery is not None:
+        tensors["gallery"] = Shards(gallery, ranks)
+    if ranks is not None and not ranks.first:
+        for rows in tensors.values():
+            collections.deque(rows.parts(), maxlen=0)
+        return
     writing = saved
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(saved, tensors)
+        _write_rows(saved, tensors)
         writing = result
         write_json(result, record)
-    except (OSError, SafetensorError) as error:  # the latter of an OSError in safetensors
+    except OSError as error:
         kept = (
             f"; the run's checkpoints are kept: `{resume_command(folder)}` scores and writes it "
             f"again, `{typed('eval', folder)}` scores alone"
@@ -118,6 +135,22 @@ def write_result(
             f"{writing} cannot be written ({error}): make room for it or see to its permissions"
             + kept * (not is_baseline(record))
         ) from None
+
+
+def _write_rows(path: Path, tensors: Mapping[str, Shards]) -> None:
+    """Replace a safetensors file as one step, with only one rank's rows in memory at a time."""
+    header, end = {}, 0
+    for name, rows in tensors.items():
+        shape = len(rows), *rows.own.shape[1:]
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replaced(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for rows in tensors.values():
+            for part in rows.parts():
+                file.write(part.contiguous().numpy().astype("<f4", copy=False).data)
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

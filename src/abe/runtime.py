@@ -147,14 +147,21 @@ def replace_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
+    with replaced(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` as one step when it is whole and on the disk."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _named(path), beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with _named(path), beside.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
+    except BaseException:
         beside.unlink(missing_ok=True)
         raise
 

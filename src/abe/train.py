@@ -15,7 +15,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
 from abe.errors import InputError
-from abe.evaluate import embed, evaluate_test
+from abe.evaluate import embed_share, evaluate_test
 from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
@@ -522,18 +522,15 @@ class Trainer:
 
     def _selection_recall(self) -> float:
         def embedded(images: LabelledImages) -> Tensor:
-            embeddings = self.ranks.collect(
-                embed(
-                    self.model.eval(),
-                    images,
-                    self.preprocessing,
-                    device=self.device,
-                    precision=self.precision,
-                    workers=self.config.data.workers,
-                    part=self.ranks.part,
-                )
+            embeddings = embed_share(
+                self.model.eval(),
+                images,
+                self.preprocessing,
+                self.ranks,
+                precision=self.precision,
+                workers=self.config.data.workers,
             )
-            if not embeddings.isfinite().all():
+            if self.ranks.any(not embeddings.isfinite().all()):
                 raise InputError(
                     f"embeddings are not finite after step {self.step}: lower train.lr "
                     f"({self.config.train.lr}), or see which layer is fast in "
@@ -543,24 +540,26 @@ class Trainer:
 
         select, gallery = self.splits.select, self.splits.select_gallery
         query = embedded(select)
-        against = () if gallery is None else (embedded(gallery), gallery.labels)
-        recall = None
-        if self.ranks.first:
-            recall = recall_at_k(query, select.labels, [1], *against)[1]
-            self.tracking.images(self.step, lambda: self._pictures(query, *against[:1]))
-        return float(self.ranks.from_first(recall))
+        items = None if gallery is None else embedded(gallery)
+        against = () if gallery is None or items is None else (items, gallery.labels)
+        recall = recall_at_k(query, select.labels, [1], *against, ranks=self.ranks)[1]
+        if self.config.tracking:
+            from abe.report.pictures import some_neighbors
 
-    def _pictures(
-        self, embeddings: Tensor, gallery: Tensor | None = None
-    ) -> dict[str, Image.Image]:
+            found = some_neighbors(select, query, gallery, items, self.ranks)
+            self.tracking.images(self.step, lambda: self._pictures(found))
+        return recall
+
+    def _pictures(self, found: Mapping[int, list[int]]) -> dict[str, Image.Image]:
         """What learners look at, and what a few of the protocol's images find."""
         from abe.report.pictures import mask_sheet, neighbor_sheet
 
         select, pictures = self.splits.select, {}
         if self.model.attention_heads is not None:
             pictures["masks"] = mask_sheet(self.model.eval(), self.preprocessing, select)
-        found = neighbor_sheet(select, embeddings, self.splits.select_gallery, gallery)
-        return pictures if found is None else pictures | {"neighbours": found}
+        if found:
+            pictures["neighbours"] = neighbor_sheet(found, select, self.splits.select_gallery)
+        return pictures
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -615,8 +614,7 @@ class Trainer:
             precision=self.precision,
             ranks=self.ranks,
         )
-        if self.ranks.first:
-            write_result(self.run, *evaluation)
+        write_result(self.run, *evaluation, self.ranks)
         return evaluation.record
 
     def _refuse(self, problem: str, batch: Batch) -> None:

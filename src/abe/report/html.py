@@ -189,8 +189,7 @@ def _choose_queries(run: Run, splits: Splits, matched: NDArray[np.bool_]) -> lis
             f"by the classes of the images as they are now, none of the test images of {run.path} "
             "has another of its class: put the images back as they were"
         )
-    found = nearest_neighbors(run.ensemble, run.ensemble_gallery, 1, similarity="euclidean")
-    nearest = found.indices[:, 0].numpy()
+    nearest = nearest_neighbors(run.ensemble, run.ensemble_gallery, 1).indices[:, 0].numpy()
     candidates = splits.test if splits.gallery is None else splits.gallery
     right = candidates.labels[nearest] == splits.test.labels
     if abs(right[matched].mean() - run.recall) > 0.01:  # a GPU's rounding flips near-ties

@@ -6,6 +6,8 @@ in their gallery, D the size of an ensemble's embedding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +19,9 @@ from abe.data.loader import evaluation_batches
 from abe.data.transforms import Preprocessing
 from abe.model.ensemble import AttentionEnsemble
 from abe.neighbors import nearest_neighbors
+from abe.ranks import Ranks, share
 from abe.report import figures
+from abe.shards import Shards
 
 THUMBNAIL = 128  # pixels
 MASKED, QUERIES, RESULTS = 4, 6, 5  # images with masks; queries, and the results of each
@@ -46,35 +50,48 @@ def mask_sheet(
     )
 
 
-def neighbor_sheet(
+def some_neighbors(
     images: LabelledImages,
     embeddings: Tensor,
     gallery: LabelledImages | None = None,
     gallery_embeddings: Tensor | None = None,
-) -> Image.Image | None:
-    """What a few images find, the same ones each time: a row is a query and its nearest images.
-
-    Those of the query's class are framed green, others red.
+    ranks: Ranks | None = None,
+) -> dict[int, list[int]]:
+    """What a few images find, the same ones each time: query -> its nearest images.
 
     Args:
         images: to choose queries from.
-        embeddings: of `images`, (N, D).
+        embeddings: of `images`, (N, D), of several ranks this one's.
         gallery: what is searched; None: the other images.
-        gallery_embeddings: of `gallery`, (G, D).
+        gallery_embeddings: of `gallery`, (G, D), of several ranks this one's.
+        ranks: the processes; None for one by itself.
 
     Returns:
-        None where no image has another of its class to be found.
+        Nothing where no image has another of its class to be found.
     """
-    candidates = images if gallery is None else gallery
     matched = has_match(images.labels, None if gallery is None else gallery.labels)
     queries = spread(np.flatnonzero(matched), QUERIES)
     if not queries:
-        return None
+        return {}
+    found = nearest_others(embeddings, gallery_embeddings, queries, RESULTS, ranks)
+    return dict(zip(queries, found, strict=True))
+
+
+def neighbor_sheet(
+    found: Mapping[int, list[int]], images: LabelledImages, gallery: LabelledImages | None = None
+) -> Image.Image:
+    """A row for each query, and behind it what it found, framed green where right, else red.
+
+    Args:
+        found: query -> its nearest images.
+        images: that the queries are of.
+        gallery: that was searched; None: the other images.
+    """
+    candidates = images if gallery is None else gallery
 
     def framed(of: LabelledImages, index: int, colour: str) -> Image.Image:
         return ImageOps.expand(_thumbnail(of.load(index), THUMBNAIL - 2 * FRAME), FRAME, colour)
 
-    found = nearest_others(embeddings, gallery_embeddings, queries, RESULTS)
     return figures.sheet(
         [
             [
@@ -88,7 +105,7 @@ def neighbor_sheet(
                     for index in indices
                 ),
             ]
-            for query, indices in zip(queries, found, strict=True)
+            for query, indices in found.items()
         ]
     )
 
@@ -115,23 +132,30 @@ def seen(
 
 
 def nearest_others(
-    embeddings: Tensor, gallery: Tensor | None, queries: list[int], count: int
+    embeddings: Tensor,
+    gallery: Tensor | None,
+    queries: list[int],
+    count: int,
+    ranks: Ranks | None = None,
 ) -> list[list[int]]:
     """The nearest of the gallery for each query, nearest first; `count` of them, or all.
 
     Without a gallery the nearest other images, where the query is left out by index.
 
     Args:
-        embeddings: (N, D).
-        gallery: (G, D), or None.
+        embeddings: (N, D), of several ranks this one's.
+        gallery: (G, D), of several ranks this one's; or None.
         queries: indices of embeddings.
         count: how many are wanted.
+        ranks: the processes; None for one by itself.
     """
+    chosen = Shards(embeddings, ranks).select(torch.tensor(queries))
+    own = chosen[share(len(chosen), (0, 1) if ranks is None else ranks.part)]
+    candidates = embeddings if gallery is None else gallery
+    k = min(count + (gallery is None), len(Shards(candidates, ranks)))
+    found = nearest_neighbors(own, candidates, k, ranks=ranks).indices.tolist()
     if gallery is not None:
-        k = min(count, len(gallery))
-        return nearest_neighbors(embeddings[queries], gallery, k).indices.tolist()
-    k = min(count + 1, len(embeddings))
-    found = nearest_neighbors(embeddings[queries], embeddings, k).indices.tolist()
+        return found
     return [
         [index for index in indices if index != query][:count]
         for query, indices in zip(queries, found, strict=True)
