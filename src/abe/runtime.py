@@ -147,16 +147,14 @@ def replace_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _named(path), beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    with (
+        _replacing(path) as beside,
+        _named(path),
+        beside.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -210,12 +208,13 @@ def read_json_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file as one step; it is on the disk then."""
-    path.touch()
-    mode = path.stat().st_mode  # save_file leaves it readable by its owner alone
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(mode)
-    flush(path)
+    """Replace a safetensors file as one step, which keeps its mode; it is on the disk then."""
+    with _replacing(path) as beside:
+        beside.touch()
+        mode = (path if path.exists() else beside).stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        beside.chmod(mode)  # save_file leaves it readable by its owner alone
+        flush(beside)
 
 
 def make_folder(path: Path) -> None:
@@ -276,6 +275,24 @@ def _lock(file: BinaryIO) -> None:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside a file: what is written there takes the file's place, or is removed again."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed left beside the files that they replaced."""
+    for path in folder.glob(".*.[0-9]*"):
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ from abe.runtime import (
     make_folder,
     read_json,
     read_json_lines,
+    remove_unfinished,
     replace_text,
     resume_command,
     seed_step,
@@ -482,6 +483,7 @@ class Trainer:
     def _begin(self) -> None:
         if not self.ranks.first:
             return
+        remove_unfinished(self.run)
         if self.best is None:  # the log may be of an attempt that was killed before it saved
             (self.run / LOG).unlink(missing_ok=True)
             write_json(
@@ -494,6 +496,7 @@ class Trainer:
             )
         else:
             self._forget_later_steps()
+            remove_superseded(self.run, keep=self.best)  # if a kill came before that
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
