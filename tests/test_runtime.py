@@ -373,6 +373,25 @@ def test_a_lock_ends_with_its_process_whatever_that_has_started(tmp_path: Path) 
         assert path.read_bytes() == b"kept, and more"
 
 
+def test_a_lock_holds_within_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    ask = (
+        "import sys; from pathlib import Path; from abe.runtime import locked\n"
+        "with locked(Path(sys.argv[1]), 'taken'): pass"
+    )
+    (tmp_path / "link").symlink_to(path)
+    with locked(path, "taken"):
+        for same in (path, tmp_path / "link"):
+            with pytest.raises(InputError, match="taken"), locked(same, "taken"):
+                pass
+        assert subprocess.run(
+            [sys.executable, "-c", ask, path], stderr=subprocess.DEVNULL
+        ).returncode
+    for _ in range(2):
+        with locked(path, "taken"):
+            pass
+
+
 def test_a_file_system_without_locks_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

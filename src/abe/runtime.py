@@ -101,7 +101,8 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def seed_step(seed: int, step: int) -> None:
     """Have what a step draws from torch's generators depend on the seed and the step alone.
 
-    So it is the same after a resume, on every process, and on any device.
+    So it is the same after a resume and on every process. CPUs and GPUs draw other numbers from the
+    same seed.
     """
     (drawn,) = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)
     torch.manual_seed(int(drawn))
@@ -237,31 +238,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+_locked_here: set[str] = set()  # files that this process has locked
+
+
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[BinaryIO]:
-    """A file open to be read and appended to, by one process at a time; however it ends.
+    """A file open to be read and appended to, at one place at a time; however its process ends.
 
-    Where a file system knows no locks, a warning says so.
+    Where a file system knows no locks, a warning says so, and other processes are let in.
 
     Args:
         path: the file, which is made if need be and stays.
-        taken: the message where another process has it.
+        taken: the message where another process, or another place in this one, has it.
 
     Raises:
-        InputError: another process has it.
+        InputError: it is taken.
     """
-    with path.open("a+b") as file:
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError):
-            raise InputError(taken) from None
-        except OSError as error:
-            warnings.warn(
-                f"{path} cannot be locked ({error.strerror}): see to it that no other process "
-                f"uses {path.parent}",
-                stacklevel=3,
-            )
-        yield file
+    # POSIX lets a process lock a file again, and closing it there once gives up the first lock.
+    own = os.path.realpath(path)
+    if own in _locked_here:
+        raise InputError(taken)
+    _locked_here.add(own)
+    try:
+        with path.open("a+b") as file:
+            try:
+                _lock(file)
+            except (BlockingIOError, PermissionError):
+                raise InputError(taken) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{path} cannot be locked ({error.strerror}): see to it that no other process "
+                    f"uses {path.parent}",
+                    stacklevel=3,
+                )
+            yield file
+    finally:
+        _locked_here.remove(own)
 
 
 def _lock(file: BinaryIO) -> None:
