@@ -117,6 +117,9 @@ class Trainer:
         self.tracking = Tracking({})
         require_packages(config.tracking)
         self.ranks = Ranks(config.device, config.ranks_timeout)
+        self.ranks.require_same(resumed=checkpoint is not None)
+        if checkpoint is not None:
+            checkpoint = _of_first(self.ranks, checkpoint)
         if self.ranks.first and (run / LOCK).exists():
             with _alone(run):
                 pass  # who is too late is told before images are read
@@ -144,11 +147,7 @@ class Trainer:
         )
         if checkpoint is not None:
             _require_same_images(run, self.splits)
-        self.ranks.require_same(
-            settings=config.digest,
-            images=self.splits.digest,
-            checkpoint=checkpoint and checkpoint.step,
-        )
+        self.ranks.require_same(settings=config.digest, images=self.splits.digest)
         self.config = self._with_batches_that_fit()
         self.sampler = _sampler(self.config, self.splits.train.labels)
         if self.sampler.batch_size < self.ranks.size:
@@ -604,8 +603,9 @@ class Trainer:
         replace_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
-        selected = load_selected(self.run)
-        self.ranks.require_same(checkpoint=selected.step)
+        selected = load_selected(self.run) if self.ranks.first else None
+        name = self.ranks.from_first(selected and selected.path.name)
+        selected = selected or Checkpoint.load(self.run / "checkpoints" / name)
         count = len(self.splits.test)
         self.console.print(f"Scoring {count} test images with step {selected.step} ...")
         evaluation = evaluate_test(
@@ -665,6 +665,18 @@ class Trainer:
                     self._say(f"step {step:>6}  {shown}  {rate}")
 
             yield advance
+
+
+def _of_first(ranks: Ranks, own: Checkpoint) -> Checkpoint:
+    """The checkpoint that the first rank found, in place of the one that this rank did.
+
+    A folder that machines share may show some of them what was there a while ago.
+
+    Raises:
+        InputError: this rank cannot read it.
+    """
+    name = ranks.from_first(own.path.name)
+    return own if name == own.path.name else Checkpoint.load(own.path.with_name(name))
 
 
 def _recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
@@ -822,6 +834,7 @@ def evaluate_run(
     checkpoint = load_selected(path)
     config = _on_device(checkpoint.config, device)
     ranks = Ranks(config.device, config.ranks_timeout)
+    checkpoint = _of_first(ranks, checkpoint)
     precision: Precision | None = None
     if config.device == checkpoint.config.device and config.precision == "auto":
         found = _recorded_precision(path if checkpoint.path != path else path.parent.parent)
@@ -840,7 +853,7 @@ def evaluate_run(
             config.data.model_copy(update=changed), protocol, check=ranks.first_here
         )
         facts = _facts_of_other_images(splits, own)
-    ranks.require_same(checkpoint=checkpoint.step, images=splits.digest)
+    ranks.require_same(images=splits.digest)
     return evaluate_test(
         model,
         config,
