@@ -1,7 +1,8 @@
 """Training: a plain loop over mini-batches that can stop and go on at any step.
 
 What step t does is a function of the weights, the configuration and t alone (the samplers and the
-augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
+augmentation count, they do not remember), so a resumed run repeats an uninterrupted one: on a CPU
+exactly, on a GPU but for the order in which some of its kernels add.
 
 Several processes can train one network (see `abe.ranks`): each knows the whole batch of a
 step and embeds its share of it, each takes the loss of all B embeddings, and the gradients of their
@@ -190,7 +191,7 @@ class Trainer:
         device: str | None = None,
         overrides: Iterable[str] = (),
     ) -> Trainer:
-        """A trainer that goes on from the newest checkpoint of `run`, exactly.
+        """A trainer that goes on from the newest checkpoint of `run`.
 
         Args:
             run: its folder.
