@@ -130,6 +130,7 @@ class _AppendOnly:
     """
 
     name: str
+    _client: Any = None
 
     def __init__(self, run: Path, config: Config, done: int | None) -> None:
         self._run = run
@@ -137,7 +138,7 @@ class _AppendOnly:
         state = {} if done is None else _state(run).get(self.name, {})
         self._id: str | None = state.get("run")
         self._sent: int = state.get("step", -1)
-        self._points: dict[int, _Point] = {}
+        self._points: dict[int, _Point] = {}  # kept until they are sent
         if done is not None and (run / "metrics.jsonl").exists():
             for line in read_json_lines(run / "metrics.jsonl", cut_off=True):
                 self.scalars(line.pop("step"), flat(line))
@@ -155,7 +156,8 @@ class _AppendOnly:
     def saved(self, step: int) -> None:
         """Send what was kept; of what cannot be sent now, numbers are kept on."""
         try:
-            self._connect()
+            if self._client is None:
+                self._client = self._connect()
             for each, point in list(self._points.items()):
                 self._send(each, point)
                 del self._points[each]
@@ -166,8 +168,8 @@ class _AppendOnly:
             own = {self.name: {"run": self._id, "step": self._sent}}
             write_json(self._run / STATE, _state(self._run) | own)
 
-    def _connect(self) -> None:
-        """Begin the tracker's run `_id`, or go on with it, unless that is done."""
+    def _connect(self) -> Any:
+        """Begin a run of the tracker, which is `_id` then, or go on with `_id`; -> the client."""
         raise NotImplementedError
 
     def _send(self, step: int, point: _Point) -> None:
@@ -178,11 +180,8 @@ class MLflow(_AppendOnly):
     """A run of the experiment MLFLOW_EXPERIMENT_NAME, or "abe"."""
 
     name = "mlflow"
-    _client: Any = None
 
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
+    def _connect(self) -> Any:
         _set_defaults(MLFLOW_DEFAULTS)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None:  # mlflow-skinny has no other store without a server
@@ -202,7 +201,7 @@ class MLflow(_AppendOnly):
         if self._sent < 0:
             settings = _settings(self._config).items()
             client.log_batch(self._id, params=[Param(key, str(value)) for key, value in settings])
-        self._client = client
+        return client
 
     def _send(self, step: int, point: _Point) -> None:
         from mlflow.entities import Metric
@@ -223,15 +222,12 @@ class WandB(_AppendOnly):
     """A run of the project WANDB_PROJECT, or "abe"."""
 
     name = "wandb"
-    _client: Any = None
 
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
+    def _connect(self) -> Any:
         _set_defaults(WANDB_DEFAULTS)
         import wandb
 
-        self._client = wandb.init(
+        client = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=self._run.absolute().name,
             dir=str(self._run),
@@ -240,7 +236,8 @@ class WandB(_AppendOnly):
             config=self._config.to_json(),
             settings=wandb.Settings(console="off"),
         )
-        self._id = self._client.id
+        self._id = client.id
+        return client
 
     def _send(self, step: int, point: _Point) -> None:
         import wandb
