@@ -7,7 +7,8 @@
 A run that goes on from a checkpoint goes on in the same run of a tracker, and what it had reached
 beyond that checkpoint does not stay there. TensorBoard is told to pass over it. From MLflow and
 Weights & Biases nothing can be taken back: they are sent a point when a checkpoint on the disk has
-it, and <run>/tracking.json says which run of theirs it is and up to which step they were sent it.
+it, and <run>/tracking.json says which run of theirs it is and up to which step they were sent it;
+where a kill came between the two, MLflow is asked what it has.
 W&B writes that down a second later; what it was sent last is lost if everything is killed before.
 
 No tracker stops a training. What one of them fails at is warned of once; at the next checkpoint the
@@ -135,6 +136,7 @@ class _AppendOnly:
     def __init__(self, run: Path, config: Config, done: int | None) -> None:
         self._run = run
         self._config = config
+        self._done = -1 if done is None else done
         state = {} if done is None else _state(run).get(self.name, {})
         self._id: str | None = state.get("run")
         self._sent: int = state.get("step", -1)
@@ -198,10 +200,20 @@ class MLflow(_AppendOnly):
             self._id = client.create_run(experiment, run_name=self._run.absolute().name).info.run_id
         else:
             client.update_run(self._id, status="RUNNING")
+            self._leave_out_what_it_has(client)
         if self._sent < 0:
             settings = _settings(self._config).items()
             client.log_batch(self._id, params=[Param(key, str(value)) for key, value in settings])
         return client
+
+    def _leave_out_what_it_has(self, client: Any) -> None:
+        """A kill may have come between sending points and writing down that they are sent."""
+        kept = [(step, point.values) for step, point in self._points.items() if step <= self._done]
+        for key in {key for _, values in kept for key in values}:
+            has = {metric.step for metric in client.get_metric_history(self._id, key)}
+            for step, values in kept:
+                if step in has:
+                    values.pop(key, None)
 
     def _send(self, step: int, point: _Point) -> None:
         from mlflow.entities import Metric
