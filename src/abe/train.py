@@ -703,8 +703,8 @@ class GateStatistics:
 
     def _add(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
         masks = masks.detach().float()
-        sums = masks.sum(dtype=torch.float64), masks.square().sum(dtype=torch.float64)
-        self._sums += torch.stack([torch.tensor(masks.numel()), *(part.cpu() for part in sums)])
+        sums = torch.stack([masks.sum(), masks.square().sum()]).tolist()  # MPS has no float64
+        self._sums += torch.tensor([masks.numel(), *sums], dtype=torch.float64)
 
     def read(self) -> dict[str, float]:
         """Stop watching; -> "gate_mean" and "gate_std", or nothing without attention."""
