@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -638,6 +640,16 @@ def test_gate_statistics_are_of_all_masks_on_devices_without_float64(
     found = statistics.read()
     assert found["gate_mean"] == pytest.approx(values.mean().item(), rel=1e-5)
     assert found["gate_std"] == pytest.approx(values.std(correction=0).item(), rel=1e-4)
+
+
+def test_a_run_that_fails_before_it_saved_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny(), tmp_path / "run", SILENT)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log")
+    monkeypatch.setattr(trainer, "_begin", MagicMock(side_effect=full))
+    with pytest.raises(InputError, match=r"^log cannot be written .*; nothing is saved$"):
+        trainer.fit()
 
 
 def test_a_run_goes_on_with_settings_that_change_no_result(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ A run that goes on from a checkpoint goes on in the same run of a tracker, and w
 beyond that checkpoint does not stay there. TensorBoard is told to pass over it. From MLflow and
 Weights & Biases nothing can be taken back: they are sent a point when a checkpoint on the disk has
 it, and <run>/tracking.json says which run of theirs it is and up to which step they were sent it;
-where a kill came between the two, MLflow is asked what it has.
-W&B writes that down a second later; what it was sent last is lost if everything is killed before.
+where a kill came between the two, MLflow is asked what it has. W&B writes down what it is sent a
+second later; that is lost if everything is killed before.
 
 No tracker stops a training. What one of them fails at is warned of once; at the next checkpoint the
 two are sent again what they lack.

@@ -247,22 +247,25 @@ class Trainer:
                 self._say(f"Stopped, {where}. To go on: {go_on}")
             raise
         except LostRankError as error:
-            where = f"to go on: {go_on}" if checkpoints(self.run) else "nothing is saved"
-            raise InputError(f"{error}; {where}") from None
+            raise InputError(f"{error}; {self._saved(go_on)}") from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise InputError(
                 f"a process that reads images was ended ({error}): see to the memory, or lower "
-                "data.workers" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+                f"data.workers; {self._saved(go_on)}"
             ) from None
         except OSError as error:
             if error.filename is None or isinstance(error, ReadingError):
                 raise
             raise InputError(
                 f"{error.filename} cannot be written ({error.strerror}): make room for it or see "
-                "to its permissions" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+                f"to its permissions; {self._saved(go_on)}"
             ) from None
+
+    def _saved(self, go_on: str) -> str:
+        """What of the run is left when it fails, for the end of a message."""
+        return f"to go on: {go_on}" if checkpoints(self.run) else "nothing is saved"
 
     def _train(self, go_on: str) -> bool:
         """Train to the last step; False if a signal stopped it before, when it is saved."""
