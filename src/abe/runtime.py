@@ -292,7 +292,7 @@ def _lock(file: BinaryIO) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A name beside a file: what is written there takes the file's place, or is removed again."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
         beside.replace(path)
@@ -303,7 +303,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what processes that were killed left beside the files that they replaced."""
-    for path in folder.glob(".*.[0-9]*"):
+    for path in folder.glob(".*.[0-9]*.part"):
         path.unlink()
 
 
