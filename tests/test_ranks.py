@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
 from abe.errors import InputError
 from abe.launch import launched_rank
-from abe.ranks import Ranks, share
+from abe.ranks import Ranks, _join, share
 from abe.runtime import read_json, read_json_lines
 from abe.train import Trainer, evaluate_run
 
@@ -500,6 +501,20 @@ Path(f"{folder} {rank}.json").write_text(json.dumps(errors))
 
 
 @pytest.mark.slow
+def test_all_ranks_take_the_checkpoints_that_the_first_does(alone: Path, tmp_path: Path) -> None:
+    """A folder that machines share may show an older listing for a while."""
+    run = shutil.copytree(alone, tmp_path / "run")
+    program = """
+import abe.checkpoint
+listed = abe.checkpoint.checkpoints
+if rank == 1:
+    abe.checkpoint.checkpoints = lambda run: listed(run)[:1]
+assert Trainer.resume(run, silent).fit() and evaluate_run(run)
+"""
+    assert on_ranks(2, program, run) == [0, 0]
+
+
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_told(tmp_path: Path) -> None:
     program = """
 try:
@@ -512,10 +527,21 @@ except InputError as error:
     assert (tmp_path / "run.txt").read_text().startswith("not all processes came within 2 seconds")
 
 
+def test_several_processes_leave_an_apple_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("lightning_fabric.Fabric", mock := MagicMock())
+    _join("auto", timeout=1)
+    assert mock.call_args.kwargs["accelerator"] == "cpu"
+
+
 def test_a_batch_has_an_image_for_each_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ranks, "require_same", lambda ranks, **values: setattr(ranks, "size", 9))
+    def require_same(ranks: Ranks, **values: object) -> None:
+        ranks.size = 9 if "images" in values else 1
+
+    monkeypatch.setattr(Ranks, "require_same", require_same)
     with pytest.raises(
         InputError, match=r"train\.batch_size=8 has no image for each of 9 processes"
     ):

@@ -13,11 +13,14 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from abe import runtime
@@ -289,16 +292,22 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
         read_json_lines(path, cut_off=True)
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
-    """Python names no file in an error of a write."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Where no file may have more than 100 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # bytes a file may have
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        for write in (append_json_line, write_json):
-            with pytest.raises(OSError, match=r"File too large: .*value\.json'"):
-                write(tmp_path / "value.json", {"long": "a" * 200})
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    """Python names no file in an error of a write."""
+    for write in (append_json_line, write_json):
+        with full_disk(), pytest.raises(OSError, match=r"File too large: .*value\.json'"):
+            write(tmp_path / "value.json", {"long": "a" * 200})
 
 
 def test_tensors_replace_a_file_and_leave_its_mode(tmp_path: Path) -> None:
@@ -310,6 +319,16 @@ def test_tensors_replace_a_file_and_leave_its_mode(tmp_path: Path) -> None:
         assert torch.equal(load_file(path)["a"], torch.full((3, 2), value))
         assert stat.S_IMODE(path.stat().st_mode) == mode
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_tensors_that_do_not_fit_leave_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    for kept in ([], [path.name]):
+        with full_disk(), pytest.raises((OSError, SafetensorError), match="File too large"):
+            write_tensors(path, {"a": torch.ones(1000)})
+        assert os.listdir(tmp_path) == kept
+        write_tensors(path, {"a": torch.zeros(2)})
+    assert torch.equal(load_file(path)["a"], torch.zeros(2))
 
 
 def test_folders_are_made_and_flushed_with_those_above(
@@ -352,6 +371,25 @@ def test_a_lock_ends_with_its_process_whatever_that_has_started(tmp_path: Path) 
         with locked(path, "it is taken") as file:  # while the process that it forked goes on
             file.write(b", and more")
         assert path.read_bytes() == b"kept, and more"
+
+
+def test_a_lock_holds_within_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    ask = (
+        "import sys; from pathlib import Path; from abe.runtime import locked\n"
+        "with locked(Path(sys.argv[1]), 'taken'): pass"
+    )
+    (tmp_path / "link").symlink_to(path)
+    with locked(path, "taken"):
+        for same in (path, tmp_path / "link"):
+            with pytest.raises(InputError, match="taken"), locked(same, "taken"):
+                pass
+        assert subprocess.run(
+            [sys.executable, "-c", ask, path], stderr=subprocess.DEVNULL
+        ).returncode
+    for _ in range(2):
+        with locked(path, "taken"):
+            pass
 
 
 def test_a_file_system_without_locks_is_warned_of(

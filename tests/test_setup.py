@@ -131,3 +131,12 @@ def test_set_up_says_that_no_interpreter_fits(clone: Path) -> None:
 def test_set_up_takes_the_named_interpreter_or_none(clone: Path) -> None:
     output = set_up(clone, {"python3": FITTING}, PYTHON="python3.13")
     assert output.startswith("setup: PYTHON=python3.13 does not run, is not Python 3.11 to 3.13")
+
+
+@pytest.mark.parametrize(("setting", "compiled"), [("1", "1"), ("", "")])
+def test_set_up_compiles_where_python_keeps_no_bytecode(
+    clone: Path, setting: str, compiled: str
+) -> None:
+    tell = FITTING.replace("$0 $*", "compile=$UV_COMPILE_BYTECODE")
+    output = set_up(clone, {"python3": tell}, PYTHONDONTWRITEBYTECODE=setting)
+    assert output == f"compile={compiled}\n"

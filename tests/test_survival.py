@@ -119,10 +119,10 @@ class Abe:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, *words: object, folder: Path | None = None, dies_at: int = 0) -> int:
+    def start(self, *words: object, folder: str | None = None, dies_at: int = 0) -> int:
         """Start a command; -> its process. `folder` and `dies_at`: see `watch`."""
         words = tuple(map(str, words))
-        line = [words, str(self._output), folder and str(folder), dies_at]
+        line = [words, str(self._output), folder, dies_at]
         self._process.stdin.write(json.dumps(line) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -219,24 +219,25 @@ def test_killed_between_two_changes_of_the_run_s_folder(
     """While a run begins, a checkpoint is written or removed, and the result is."""
     expected = outcome(undisturbed)
     run = tmp_path / "watched" / "run"
-    status, printed = abe(*begin(run), folder=run)
+    status, printed = abe(*begin(run), folder=f"{run}/")
     assert status == 0, printed
     changes = [line for line in printed.splitlines() if f" {run}/" in line]
     moments = {
         [number for number, change in enumerate(changes, 1) if re.search(kind, change)][which]
         for kind, which in (
             ("images.json", 0),
-            ("chmod .*/training.safetensors", 0),
+            (r"chmod .*/\.training\.safetensors", 0),
             ("rename .*meta.json", 2),
             ("rename .*/.unfinished$", -1),
             ("rmdir", 0),  # of a checkpoint that is superseded
+            ("scandir", -2),  # before the last one is
             ("embeddings", 1),
             ("result.json", -1),
         )
     }
     for dies_at in moments:
         run = tmp_path / str(dies_at) / "run"
-        status, printed = abe(*begin(run), folder=run, dies_at=dies_at)
+        status, printed = abe(*begin(run), folder=f"{run}/", dies_at=dies_at)
         assert status == -signal.SIGKILL, printed
         status, printed = abe(*go_on(run))
         assert status == 0, printed

@@ -329,6 +329,23 @@ def test_what_came_after_the_checkpoint_does_not_stay(name: str, tmp_path: Path)
     assert image_steps_of(name, run) == {"masks": [0, 2]}
 
 
+def test_mlflow_has_no_point_twice_that_a_kill_left_unnoted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with open_tracking(run, config_of("mlflow"), None) as tracking:
+        for step in (0, 1):
+            tell(tracking, run, step, loss=step, recall_at_1=0.5)
+            tracking.saved(step)
+            if step == 0:
+                noted = (run / "tracking.json").read_text()
+    (run / "tracking.json").write_text(noted)
+    append_json_line(run / "metrics.jsonl", {"step": 1, "lr": 0.1})  # and this was not sent yet
+    with open_tracking(run, config_of("mlflow"), 1) as tracking:
+        tell(tracking, run, 2, loss=2)
+        tracking.saved(2)
+    assert_same(scalars_of("mlflow", run), logged(run))
+
+
 def test_an_attempt_without_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ from abe.checkpoint import checkpoints
 from abe.config import Config, DataConfig, ModelConfig, TrainConfig
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
+from abe.model import AttentionEnsemble
 from abe.runtime import read_json_lines
-from abe.train import Trainer, evaluate_run, lr_factor
+from abe.train import GateStatistics, Trainer, evaluate_run, lr_factor
 
 SILENT = Console(quiet=True)
 ABE = Path(sys.executable).with_name("abe")
@@ -618,6 +621,35 @@ def test_less_memory_is_the_same_training(setting: str, finished: Path, tmp_path
     ]
     for key in ("gate_mean", "gate_std"):
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-3)
+
+
+def test_gate_statistics_are_of_all_masks_on_devices_without_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute = torch.Tensor.sum
+
+    def on_apple(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        assert options.get("dtype") is not torch.float64
+        return compute(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sum", on_apple)
+    model = AttentionEnsemble(2, 8, attention_depth=1)
+    statistics = GateStatistics(model)
+    masks = [model.attention_masks(torch.randn(size, 3, 32, 32) * 50) for size in (1, 3)]
+    values = torch.cat(masks).double()
+    found = statistics.read()
+    assert found["gate_mean"] == pytest.approx(values.mean().item(), rel=1e-5)
+    assert found["gate_std"] == pytest.approx(values.std(correction=0).item(), rel=1e-4)
+
+
+def test_a_run_that_fails_before_it_saved_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny(), tmp_path / "run", SILENT)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log")
+    monkeypatch.setattr(trainer, "_begin", MagicMock(side_effect=full))
+    with pytest.raises(InputError, match=r"^log cannot be written .*; nothing is saved$"):
+        trainer.fit()
 
 
 def test_a_run_goes_on_with_settings_that_change_no_result(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ backend=${ABE_TORCH:-auto}
 here=$(pwd -P)
 python=.venv/bin/python
 
+# Where Python keeps no bytecode, torch would be compiled anew in each process that imports it.
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || export UV_COMPILE_BYTECODE=1
+
 die() {
   printf 'setup: %s\n' "$*" >&2
   exit 1

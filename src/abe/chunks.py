@@ -40,9 +40,8 @@ def backward_in_chunks(
         not_last: the context of all chunks but the last one, such as one in which several processes
             do not exchange their gradients yet.
     """
-    *chunks, last = zip(images.split(size), gradient.split(size), strict=True)
-    for chunk, part in chunks:
-        with not_last():
+    chunks = images.split(size)
+    parts = gradient.split(size)
+    for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True), start=1):
+        with not_last() if number < len(chunks) else nullcontext():
             network(chunk).backward(part)
-    chunk, part = last
-    network(chunk).backward(part)

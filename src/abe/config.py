@@ -152,9 +152,7 @@ class Config(_Section):
     protocol: Literal["val", "paper"] = "val"  # what picks the checkpoint, see docs/protocol.md
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    ranks_timeout: float = Field(
-        60.0, gt=0, le=86_400
-    )  # seconds a step waits for the slowest process
+    ranks_timeout: float = Field(60.0, gt=0, le=86_400)  # seconds a step waits for a process
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

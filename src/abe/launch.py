@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+_SHELLS = ("bash", "interactive")  # SLURM's jobs that are shells, as lightning-fabric has them
+
 
 def launched_rank() -> int | None:
     """The process's rank among those of all machines; None if it was started by itself.
@@ -31,9 +33,3 @@ def machines() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["WORLD_SIZE"]) // processes_here()
     return int(os.environ.get("SLURM_NNODES", 1))
-
-
-_SHELLS = (
-    "bash",
-    "interactive",
-)  # names of SLURM's jobs that are shells, as lightning-fabric has it

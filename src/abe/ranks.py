@@ -45,7 +45,8 @@ class Ranks:
 
     Args:
         device: "auto", "cpu" or "cuda": with several ranks on a machine each takes a GPU of its
-            own. A process by itself takes what `choose_device` does.
+            own, or with "auto" the processors where there is no CUDA GPU. A process by itself takes
+            what `choose_device` does.
         timeout: seconds that a rank waits in a step for the slowest other one.
 
     Attributes:
@@ -203,7 +204,9 @@ def _join(device: str, timeout: float) -> Fabric:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    kind = choose_device().type if device == "auto" else device
+    kind = device
+    if device == "auto":  # processes cannot share what Apple's GPU has computed
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "cuda"):
         raise InputError(
             f"device={device}: several processes take auto, cpu or cuda, and each a GPU of its own"

@@ -101,7 +101,8 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def seed_step(seed: int, step: int) -> None:
     """Have what a step draws from torch's generators depend on the seed and the step alone.
 
-    So it is the same after a resume, on every process, and on any device.
+    So it is the same after a resume and on every process. CPUs and GPUs draw other numbers from the
+    same seed.
     """
     (drawn,) = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)
     torch.manual_seed(int(drawn))
@@ -154,16 +155,10 @@ def replace_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path` as one step when it is whole and on the disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _named(path), beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with _replacing(path) as beside, _named(path), beside.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -217,12 +212,13 @@ def read_json_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file as one step; it is on the disk then."""
-    path.touch()
-    mode = path.stat().st_mode  # save_file leaves it readable by its owner alone
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(mode)
-    flush(path)
+    """Replace a safetensors file as one step, which keeps its mode; it is on the disk then."""
+    with _replacing(path) as beside:
+        beside.touch()
+        mode = (path if path.exists() else beside).stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        beside.chmod(mode)  # save_file leaves it readable by its owner alone
+        flush(beside)
 
 
 def make_folder(path: Path) -> None:
@@ -245,31 +241,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+_locked_here: set[str] = set()  # files that this process has locked
+
+
 @contextlib.contextmanager
 def locked(path: Path, taken: str) -> Iterator[BinaryIO]:
-    """A file open to be read and appended to, by one process at a time; however it ends.
+    """A file open to be read and appended to, at one place at a time; however its process ends.
 
-    Where a file system knows no locks, a warning says so.
+    Where a file system knows no locks, a warning says so, and other processes are let in.
 
     Args:
         path: the file, which is made if need be and stays.
-        taken: the message where another process has it.
+        taken: the message where another process, or another place in this one, has it.
 
     Raises:
-        InputError: another process has it.
+        InputError: it is taken.
     """
-    with path.open("a+b") as file:
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError):
-            raise InputError(taken) from None
-        except OSError as error:
-            warnings.warn(
-                f"{path} cannot be locked ({error.strerror}): see to it that no other process "
-                f"uses {path.parent}",
-                stacklevel=3,
-            )
-        yield file
+    # POSIX lets a process lock a file again, and closing it there once gives up the first lock.
+    own = os.path.realpath(path)
+    if own in _locked_here:
+        raise InputError(taken)
+    _locked_here.add(own)
+    try:
+        with path.open("a+b") as file:
+            try:
+                _lock(file)
+            except (BlockingIOError, PermissionError):
+                raise InputError(taken) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{path} cannot be locked ({error.strerror}): see to it that no other process "
+                    f"uses {path.parent}",
+                    stacklevel=3,
+                )
+            yield file
+    finally:
+        _locked_here.remove(own)
 
 
 def _lock(file: BinaryIO) -> None:
@@ -283,6 +290,24 @@ def _lock(file: BinaryIO) -> None:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside a file: what is written there takes the file's place, or is removed again."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed left beside the files that they replaced."""
+    for path in folder.glob(".*.[0-9]*.part"):
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@
 A run that goes on from a checkpoint goes on in the same run of a tracker, and what it had reached
 beyond that checkpoint does not stay there. TensorBoard is told to pass over it. From MLflow and
 Weights & Biases nothing can be taken back: they are sent a point when a checkpoint on the disk has
-it, and <run>/tracking.json says which run of theirs it is and up to which step they were sent it.
-W&B writes that down a second later; what it was sent last is lost if everything is killed before.
+it, and <run>/tracking.json says which run of theirs it is and up to which step they were sent it;
+where a kill came between the two, MLflow is asked what it has. W&B writes down what it is sent a
+second later; that is lost if everything is killed before.
 
 No tracker stops a training. What one of them fails at is warned of once; at the next checkpoint the
 two are sent again what they lack.
@@ -130,14 +131,16 @@ class _AppendOnly:
     """
 
     name: str
+    _client: Any = None
 
     def __init__(self, run: Path, config: Config, done: int | None) -> None:
         self._run = run
         self._config = config
+        self._done = -1 if done is None else done
         state = {} if done is None else _state(run).get(self.name, {})
         self._id: str | None = state.get("run")
         self._sent: int = state.get("step", -1)
-        self._points: dict[int, _Point] = {}
+        self._points: dict[int, _Point] = {}  # kept until they are sent
         if done is not None and (run / "metrics.jsonl").exists():
             for line in read_json_lines(run / "metrics.jsonl", cut_off=True):
                 self.scalars(line.pop("step"), flat(line))
@@ -155,7 +158,8 @@ class _AppendOnly:
     def saved(self, step: int) -> None:
         """Send what was kept; of what cannot be sent now, numbers are kept on."""
         try:
-            self._connect()
+            if self._client is None:
+                self._client = self._connect()
             for each, point in list(self._points.items()):
                 self._send(each, point)
                 del self._points[each]
@@ -166,8 +170,8 @@ class _AppendOnly:
             own = {self.name: {"run": self._id, "step": self._sent}}
             write_json(self._run / STATE, _state(self._run) | own)
 
-    def _connect(self) -> None:
-        """Begin the tracker's run `_id`, or go on with it, unless that is done."""
+    def _connect(self) -> Any:
+        """Begin a run of the tracker, which is `_id` then, or go on with `_id`; -> the client."""
         raise NotImplementedError
 
     def _send(self, step: int, point: _Point) -> None:
@@ -178,11 +182,8 @@ class MLflow(_AppendOnly):
     """A run of the experiment MLFLOW_EXPERIMENT_NAME, or "abe"."""
 
     name = "mlflow"
-    _client: Any = None
 
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
+    def _connect(self) -> Any:
         _set_defaults(MLFLOW_DEFAULTS)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri is None:  # mlflow-skinny has no other store without a server
@@ -199,10 +200,20 @@ class MLflow(_AppendOnly):
             self._id = client.create_run(experiment, run_name=self._run.absolute().name).info.run_id
         else:
             client.update_run(self._id, status="RUNNING")
+            self._leave_out_what_it_has(client)
         if self._sent < 0:
             settings = _settings(self._config).items()
             client.log_batch(self._id, params=[Param(key, str(value)) for key, value in settings])
-        self._client = client
+        return client
+
+    def _leave_out_what_it_has(self, client: Any) -> None:
+        """A kill may have come between sending points and writing down that they are sent."""
+        kept = [(step, point.values) for step, point in self._points.items() if step <= self._done]
+        for key in {key for _, values in kept for key in values}:
+            has = {metric.step for metric in client.get_metric_history(self._id, key)}
+            for step, values in kept:
+                if step in has:
+                    values.pop(key, None)
 
     def _send(self, step: int, point: _Point) -> None:
         from mlflow.entities import Metric
@@ -223,15 +234,12 @@ class WandB(_AppendOnly):
     """A run of the project WANDB_PROJECT, or "abe"."""
 
     name = "wandb"
-    _client: Any = None
 
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
+    def _connect(self) -> Any:
         _set_defaults(WANDB_DEFAULTS)
         import wandb
 
-        self._client = wandb.init(
+        client = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=self._run.absolute().name,
             dir=str(self._run),
@@ -240,7 +248,8 @@ class WandB(_AppendOnly):
             config=self._config.to_json(),
             settings=wandb.Settings(console="off"),
         )
-        self._id = self._client.id
+        self._id = client.id
+        return client
 
     def _send(self, step: int, point: _Point) -> None:
         import wandb

@@ -1,7 +1,8 @@
 """Training: a plain loop over mini-batches that can stop and go on at any step.
 
 What step t does is a function of the weights, the configuration and t alone (the samplers and the
-augmentation count, they do not remember), so a resumed run repeats an uninterrupted one exactly.
+augmentation count, they do not remember), so a resumed run repeats an uninterrupted one: on a CPU
+exactly, on a GPU but for the order in which some of its kernels add.
 
 Several processes can train one network (see `abe.ranks`): each knows the whole batch of a
 step and embeds its share of it, each takes the loss of all B embeddings, and the gradients of their
@@ -68,6 +69,7 @@ from abe.runtime import (
     make_folder,
     read_json,
     read_json_lines,
+    remove_unfinished,
     replace_text,
     resume_command,
     seed_step,
@@ -116,6 +118,9 @@ class Trainer:
         self.tracking = Tracking({})
         require_packages(config.tracking)
         self.ranks = Ranks(config.device, config.ranks_timeout)
+        self.ranks.require_same(resumed=checkpoint is not None)
+        if checkpoint is not None:
+            checkpoint = _of_first(self.ranks, checkpoint)
         if self.ranks.first and (run / LOCK).exists():
             with _alone(run):
                 pass  # who is too late is told before images are read
@@ -143,11 +148,7 @@ class Trainer:
         )
         if checkpoint is not None:
             _require_same_images(run, self.splits)
-        self.ranks.require_same(
-            settings=config.digest,
-            images=self.splits.digest,
-            checkpoint=checkpoint and checkpoint.step,
-        )
+        self.ranks.require_same(settings=config.digest, images=self.splits.digest)
         self.config = self._with_batches_that_fit()
         self.sampler = _sampler(self.config, self.splits.train.labels)
         if self.sampler.batch_size < self.ranks.size:
@@ -190,7 +191,7 @@ class Trainer:
         device: str | None = None,
         overrides: Iterable[str] = (),
     ) -> Trainer:
-        """A trainer that goes on from the newest checkpoint of `run`, exactly.
+        """A trainer that goes on from the newest checkpoint of `run`.
 
         Args:
             run: its folder.
@@ -246,22 +247,25 @@ class Trainer:
                 self._say(f"Stopped, {where}. To go on: {go_on}")
             raise
         except LostRankError as error:
-            where = f"to go on: {go_on}" if checkpoints(self.run) else "nothing is saved"
-            raise InputError(f"{error}; {where}") from None
+            raise InputError(f"{error}; {self._saved(go_on)}") from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise InputError(
                 f"a process that reads images was ended ({error}): see to the memory, or lower "
-                "data.workers" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+                f"data.workers; {self._saved(go_on)}"
             ) from None
         except OSError as error:
             if error.filename is None or isinstance(error, ReadingError):
                 raise
             raise InputError(
                 f"{error.filename} cannot be written ({error.strerror}): make room for it or see "
-                "to its permissions" + f"; to go on: {go_on}" * bool(checkpoints(self.run))
+                f"to its permissions; {self._saved(go_on)}"
             ) from None
+
+    def _saved(self, go_on: str) -> str:
+        """What of the run is left when it fails, for the end of a message."""
+        return f"to go on: {go_on}" if checkpoints(self.run) else "nothing is saved"
 
     def _train(self, go_on: str) -> bool:
         """Train to the last step; False if a signal stopped it before, when it is saved."""
@@ -482,6 +486,7 @@ class Trainer:
     def _begin(self) -> None:
         if not self.ranks.first:
             return
+        remove_unfinished(self.run)
         if self.best is None:  # the log may be of an attempt that was killed before it saved
             (self.run / LOG).unlink(missing_ok=True)
             write_json(
@@ -494,6 +499,7 @@ class Trainer:
             )
         else:
             self._forget_later_steps()
+            remove_superseded(self.run, keep=self.best)  # if a kill came before that
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
@@ -600,8 +606,9 @@ class Trainer:
         replace_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
-        selected = load_selected(self.run)
-        self.ranks.require_same(checkpoint=selected.step)
+        selected = load_selected(self.run) if self.ranks.first else None
+        name = self.ranks.from_first(selected and selected.path.name)
+        selected = selected or Checkpoint.load(self.run / "checkpoints" / name)
         count = len(self.splits.test)
         self.console.print(f"Scoring {count} test images with step {selected.step} ...")
         evaluation = evaluate_test(
@@ -662,6 +669,18 @@ class Trainer:
             yield advance
 
 
+def _of_first(ranks: Ranks, own: Checkpoint) -> Checkpoint:
+    """The checkpoint that the first rank found, in place of the one that this rank did.
+
+    A folder that machines share may show some of them what was there a while ago.
+
+    Raises:
+        InputError: this rank cannot read it.
+    """
+    name = ranks.from_first(own.path.name)
+    return own if name == own.path.name else Checkpoint.load(own.path.with_name(name))
+
+
 def _recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
     file = run / ENVIRONMENT
     found = read_json(file).get("precision") if file.exists() else None
@@ -685,8 +704,8 @@ class GateStatistics:
 
     def _add(self, module: nn.Module, inputs: object, masks: Tensor) -> None:
         masks = masks.detach().float()
-        sums = masks.sum(dtype=torch.float64), masks.square().sum(dtype=torch.float64)
-        self._sums += torch.stack([torch.tensor(masks.numel()), *(part.cpu() for part in sums)])
+        sums = torch.stack([masks.sum(), masks.square().sum()]).tolist()  # MPS has no float64
+        self._sums += torch.tensor([masks.numel(), *sums], dtype=torch.float64)
 
     def read(self) -> dict[str, float]:
         """Stop watching; -> "gate_mean" and "gate_std", or nothing without attention."""
@@ -817,6 +836,7 @@ def evaluate_run(
     checkpoint = load_selected(path)
     config = _on_device(checkpoint.config, device)
     ranks = Ranks(config.device, config.ranks_timeout)
+    checkpoint = _of_first(ranks, checkpoint)
     precision: Precision | None = None
     if config.device == checkpoint.config.device and config.precision == "auto":
         found = _recorded_precision(path if checkpoint.path != path else path.parent.parent)
@@ -835,7 +855,7 @@ def evaluate_run(
             config.data.model_copy(update=changed), protocol, check=ranks.first_here
         )
         facts = _facts_of_other_images(splits, own)
-    ranks.require_same(checkpoint=checkpoint.step, images=splits.digest)
+    ranks.require_same(images=splits.digest)
     return evaluate_test(
         model,
         config,

@@ -5,7 +5,9 @@ A file becomes a `PretrainedWeights`: tensors under the backbone's own names (`<
 `load_pretrained` hands them to every part of a model that has a layer of the same name, so the
 attention trunk C and each G start from the same pretrained inception(4a)-(4e) (section 4).
 
-Nothing is ever unpickled but plain tensors, and a damaged or hostile file is an `InputError`.
+Nothing is ever unpickled but plain tensors, and a damaged or hostile file is an `InputError`. But a
+.pth that is made for it can keep torch busy for ever: a key of nested tuples, each the same one
+twice, takes a time that doubles with each level. Of a stranger's weights rather take safetensors.
 """
 
 from __future__ import annotations
