@@ -1,6 +1,7 @@
 """Where each test starts from, and which ones this machine cannot run."""
 
 import http.server
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+
+# Whichever test forks a process first starts the server that all of them are forked from.
+multiprocessing.set_forkserver_preload(
+    ["abe.train", "abe.data.prepare", "lightning_fabric", "sklearn.cluster", "pyarrow.parquet"]
+)
 
 settings.register_profile("abe", deadline=None, derandomize=True)
 settings.load_profile("abe")
