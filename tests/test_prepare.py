@@ -942,6 +942,7 @@ def losses(run, source, *overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_20_losses_are_those_of_the_files(tmp_path):
     rng = np.random.default_rng(0)
     for label in range(8):
