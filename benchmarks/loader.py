@@ -13,7 +13,7 @@ line of the output is the result as one JSON object, which also goes to benchmar
 
 from __future__ import annotations
 
-import argparse
+import collections
 import hashlib
 import importlib.util
 import itertools
@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import torch
+from folders import draw_photographs, list_prepared
+from measure import options_of, publish, take_turns
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -41,7 +42,6 @@ from abe.data.loader import training_batches
 from abe.data.prepare import open_prepared, prepare
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.transforms import Preprocessing, pad_to_square, random_crop_and_flip
-from abe.runtime import environment
 
 PREPROCESSING = Preprocessing(resize=256, crop=224)
 BATCH = 64
@@ -101,30 +101,16 @@ def torchvision_images(torchvision: Any, folder: Path) -> Dataset[tuple[Tensor, 
     return torchvision.datasets.ImageFolder(folder, transforms.Compose(chain))
 
 
-def generated_folder(root: Path) -> Path:
-    """480 JPEG files of 500 x 375 pixels, as photographs of the benchmarks have."""
-    rng = np.random.default_rng(0)
-    for label in range(24):
-        (root / f"{label:03}").mkdir(parents=True)
-        for number in range(20):
-            coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
-            image = coarse.resize((500, 375), Image.Resampling.BICUBIC)
-            image.save(root / f"{label:03}" / f"{number}.jpg", quality=90)
-    return root
-
-
-def rate(batches: Iterator[object], count: int) -> float:
-    """Images a second of the next `count` batches."""
-    started = time.perf_counter()
-    taken = sum(1 for _ in itertools.islice(batches, count))
-    return taken * BATCH / (time.perf_counter() - started)
+def photographs(root: Path) -> Path:
+    """480 JPEG files as photographs of the benchmarks are."""
+    return draw_photographs(root, 24, 20, (500, 375), grain=25, quality=90)
 
 
 def compare_loaders(files: ImageFiles, folder: Path, rounds: int) -> dict[str, Any]:
     root = Path(os.path.commonpath(files.paths))
     started = time.perf_counter()
     prepared = prepare(files, folder, source=root).images
-    seconds = time.perf_counter() - started
+    preparation = time.perf_counter() - started
     sampler = PairBatchSampler(files.labels, BATCH)
 
     def loader(images: Any) -> Iterator[object]:
@@ -142,13 +128,14 @@ def compare_loaders(files: ImageFiles, folder: Path, rounds: int) -> dict[str, A
     torchvision = import_torchvision()
     if torchvision is not None:
         contenders["torchvision"] = (usual(torchvision_images(torchvision, root)), 4)
-    for batches, number in contenders.values():
-        rate(batches, number)  # warms up
-    rates = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, (batches, number) in contenders.items():
-            rates[name].append(rate(batches, number))
-    medians = {name: round(median(values)) for name, values in rates.items()}
+
+    def take(batches: Iterator[object], number: int) -> Callable[[], None]:
+        return lambda: collections.deque(itertools.islice(batches, number), maxlen=0)
+
+    seconds = take_turns({name: take(*each) for name, each in contenders.items()}, rounds)
+    medians = {
+        name: round(number * BATCH / seconds[name]) for name, (_, number) in contenders.items()
+    }
     return {
         "images": len(files),
         "rounds": rounds,
@@ -159,14 +146,12 @@ def compare_loaders(files: ImageFiles, folder: Path, rounds: int) -> dict[str, A
             if name in medians
         },
         "torchvision": torchvision and torchvision.__version__,
-        "preparation_images_per_second": round(len(files) / seconds),
+        "preparation_images_per_second": round(len(files) / preparation),
     }
 
 
-def listed_folder(folder: Path, count: int) -> None:
-    """A prepared folder of `count` images, by docs/data.md; its squares take no disk space."""
-    folder.mkdir()
-    np.lib.format.open_memmap(folder / "squares.npy", "w+", np.uint8, (count, 8, 8, 3))
+def listed_folder(folder: Path, count: int) -> Path:
+    """A prepared folder of `count` images."""
     labels = np.arange(count) // 50
     nothing = pa.nulls(count)
     columns = {
@@ -189,10 +174,7 @@ def listed_folder(folder: Path, count: int) -> None:
         "source": "/photographs",
         "sha256": None,
     }
-    index = folder / "index.parquet"
-    pyarrow.parquet.write_table(pa.table(columns, metadata={"abe": json.dumps(about)}), index)
-    digest = hashlib.sha256(index.read_bytes()).hexdigest()
-    (folder / "prepared.json").write_text(json.dumps({"version": 1, "index_sha256": digest}))
+    return list_prepared(folder, pa.table(columns), about, 8)
 
 
 def growth(folder: Path, count: int) -> dict[str, Any]:
@@ -235,28 +217,20 @@ def epoch(batch: Callable[[int], np.ndarray], labels: np.ndarray, steps: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_of(__doc__, __file__, rounds=9)
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of class folders")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of the indices")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or generated_folder(Path(scratch) / "generated")
+        folder = options.folder or photographs(Path(scratch) / "generated")
         loaders = compare_loaders(image_folder(folder), Path(scratch) / "prepared", options.rounds)
         print(json.dumps(loaders, indent=2))
         sizes = []
-        for count in SIZES:
+        for count in options.sizes:
             sizes.append(growth(Path(scratch) / str(count), count))
             print(json.dumps(sizes[-1]))
-    result = {
-        "data": folder.name,
-        "hardware": environment(torch.device("cpu")) | {"cores": os.cpu_count()},
-        "loaders": loaders,
-        "growth": sizes,
-    }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(options.output, {"data": folder.name, "loaders": loaders, "growth": sizes})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ result as one JSON object, which also goes to benchmarks/losses.json.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from measure import publish, rounded, take_turns
+from measure import options_of, publish, rounded, take_turns
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss
 from pytorch_metric_learning.reducers import SumReducer
@@ -69,14 +68,13 @@ def compare(batch: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
+    options = options_of(__doc__, __file__, rounds=20).parse_args()
     result = {}
     for batch in BATCHES:
-        result[str(batch)] = found = compare(batch, rounds)
+        result[str(batch)] = found = compare(batch, options.rounds)
         print(f"batch {batch}: {found['ratio']:.3f} of pytorch-metric-learning's time", flush=True)
-    publish("losses", {"learners": LEARNERS, "dim": DIM, "rounds": rounds, "batches": result})
+    shapes = {"learners": LEARNERS, "dim": DIM}
+    publish(options.output, {**shapes, "rounds": options.rounds, "batches": result})
 
 
 if __name__ == "__main__":

@@ -30,13 +30,15 @@ def table(heading: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def section(title: str, name: str, result: dict[str, Any], *parts: str) -> str:
-    hardware = result["hardware"]
-    machine = (
+def machine(name: str, hardware: dict[str, Any]) -> str:
+    return (
         f"`benchmarks/{name}.py`, {hardware['cpu']}, {hardware['threads']} of {hardware['cores']} "
         f"cores, torch {hardware['torch']}, commit {hardware['commit']}\n"
     )
-    return "\n".join([f"## {title}\n", machine, *parts])
+
+
+def section(title: str, name: str, result: dict[str, Any], *parts: str) -> str:
+    return "\n".join([f"## {title}\n", machine(name, result["hardware"]), *parts])
 
 
 def recall() -> str:
@@ -58,9 +60,24 @@ def recall() -> str:
 
 
 def step() -> str:
+    """What of the two parts is there, each with the hardware that it is from."""
     result = read("step")
-    speed, memory = result["speed"], result["memory"]
-    names = {"ours": "ours, float32", "ours_bf16": "ours, bfloat16", "port": "the usual port"}
+    parts = []
+    for name, show in (("speed", step_speed), ("memory", step_memory)):
+        if part := result.get(name):
+            parts += [machine("step", part["hardware"])] if "hardware" in part else []
+            parts += show(part)
+    return section("Training step", "step", result, *parts)
+
+
+def step_speed(speed: dict[str, Any]) -> list[str]:
+    names = {
+        "ours": "ours, float32",
+        "ours_bf16": "ours, bfloat16",
+        "port": "the usual port",
+        "port_channels_last": "the port, channels last",
+        "port_bf16": "the port, channels last, bfloat16",
+    }
     rows = [
         (
             title,
@@ -72,7 +89,18 @@ def step() -> str:
         for key, title in names.items()
         if key in speed
     ]
-    of_memory = [
+    return [
+        f"ABE-8 at 224 pixels, batch {speed['batch']}: forward pass, Eq. 8 and its gradient. "
+        f"float32 matrix product beside it: {speed['sgemm_gflops']:.0f} GFLOP/s.\n",
+        table(("", "time", "of the port's", "GFLOP/s", "of the product's rate"), rows),
+        "The port has the learners one by one, NCHW, the framework's layers, and losses in loops "
+        "(`benchmarks/port.py`); port and product are float32"
+        + (", but for the port's last row.\n" if "port_bf16" in speed else ".\n"),
+    ]
+
+
+def step_memory(memory: dict[str, Any]) -> list[str]:
+    rows = [
         (
             mode,
             f"{found['peak_mb']:,.0f} MB",
@@ -80,21 +108,13 @@ def step() -> str:
             f"{found['of_plain_time']:.2f}",
         )
         for mode, found in memory.items()
-        if isinstance(found, dict)
+        if isinstance(found, dict) and "peak_mb" in found
     ]
-    return section(
-        "Training step",
-        "step",
-        result,
-        f"ABE-8 at 224 pixels, batch {speed['batch']}: forward pass, Eq. 8 and its gradient. "
-        f"float32 matrix product beside it: {speed['sgemm_gflops']:.0f} GFLOP/s.\n",
-        table(("", "time", "of the port's", "GFLOP/s", "of the product's rate"), rows),
-        "The port has the learners one by one, NCHW, the framework's layers, and losses in loops "
-        "(`benchmarks/port.py`); port and product are float32.\n",
+    return [
         f"Batch {memory['batch']}, with activation checkpointing (`train.activation_checkpointing`)"
         " and with cached gradients (`train.chunk_size`); the gradient is the same.\n",
-        table(("", "memory above the start", "of the plain step's", "time to it"), of_memory),
-    )
+        table(("", "memory above the start", "of the plain step's", "time to it"), rows),
+    ]
 
 
 def losses() -> str:
@@ -121,32 +141,23 @@ def losses() -> str:
 
 def startup() -> str:
     result = read("startup")
-    rows = [
-        (name, f"{found['seconds']:.2f}", f"{found['cpu_seconds']:.2f}")
-        for name, found in result["to_import_torch"].items()
-    ]
-    return section(
-        "Start",
-        "startup",
-        result,
+    text = (
         "From the command to the first loss, on prepared images, recipe `photographs`; to "
-        f"`import torch`, which takes {result['import torch']['seconds']:.2g} s here.\n",
-        table(("", "time", "processor's time"), rows),
+        f"`import torch`, which takes {result['import torch']['seconds']:.2g} s here.\n"
     )
+    ratios = result["to_import_torch"].items()
+    rows = [
+        (name, *(f"{to[key]:.2f}" for key in ("seconds", "cpu_seconds"))) for name, to in ratios
+    ]
+    return section("Start", "startup", result, text, table(("", "time", "processor's time"), rows))
 
 
 def loader() -> str:
-    result = read("loader")["loaders"]
-    rows = [
-        (name, f"{rate:,}", f"{result['images_per_second']['prepared'] / rate:.1f}")
-        for name, rate in result["images_per_second"].items()
-    ]
-    return section(
-        "Reading images",
-        "loader",
-        read("loader"),
-        table(("", "images a second", "prepared to it"), rows),
-    )
+    result = read("loader")
+    rates = result["loaders"]["images_per_second"]
+    rows = [(name, f"{rate:,}", f"{rates['prepared'] / rate:.1f}") for name, rate in rates.items()]
+    heading = ("", "images a second", "prepared to it")
+    return section("Reading images", "loader", result, table(heading, rows))
 
 
 def ranks() -> str:

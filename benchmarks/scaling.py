@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import options_of, peak_memory, publish
 from rich.console import Console
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -35,7 +36,6 @@ from abe.data.transforms import Preprocessing
 from abe.evaluate import embed
 from abe.ranks import Ranks
 from abe.recipes import get_recipe
-from abe.runtime import environment
 from abe.train import Trainer
 
 SIZES = (1, 2, 3)
@@ -79,14 +79,6 @@ def step_bytes(config: Config, folder: Path) -> dict[str, Any]:
     return found
 
 
-def peak() -> int:
-    """Most memory that this process has had so far, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise AssertionError("this system does not tell")
-
-
 def evaluation_bytes(count: int) -> int:
     """What embedding and collecting `count` images of 8 x 64 numbers adds to this rank's peak."""
     ranks = Ranks("cpu")
@@ -103,9 +95,7 @@ def evaluation_bytes(count: int) -> int:
         )
 
     embedded(images.select(np.arange(640)))  # warms up
-    before = peak()
-    embedded(images)
-    return peak() - before
+    return peak_memory(lambda: embedded(images))
 
 
 def measure(what: str, folder: Path) -> None:
@@ -132,10 +122,10 @@ def on_ranks(size: int, what: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_of(__doc__, __file__)
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="of evaluations")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     if options.measure:
         measure(options.measure, options.folder)
@@ -147,19 +137,13 @@ def main() -> None:
             batch = {"batch_size": config.train.batch_size, "embedding": config.model.embedding_dim}
             steps.append({"recipe": name, "ranks": size, **batch, **first})
             print(json.dumps(steps[-1]), flush=True)
-    for count in IMAGES:
+    for count in options.images:
         for size in SIZES:
             taken = [rank["bytes"] for rank in on_ranks(size, f"evaluation {count}")]
             evaluations.append({"images": count, "ranks": size, "bytes": taken})
             evaluations[-1]["first_to_embeddings"] = round(taken[0] / (count * 512 * 4), 2)
             print(json.dumps(evaluations[-1]), flush=True)
-    result = {
-        "hardware": environment(torch.device("cpu")) | {"cores": os.cpu_count()},
-        "steps": steps,
-        "evaluations": evaluations,
-    }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(options.output, {"steps": steps, "evaluations": evaluations})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ benchmarks/startup.json.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
+import itertools
 import json
 import os
 import signal
@@ -23,19 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
-from PIL import Image
+from folders import draw_photographs, list_prepared
+from measure import in_turns, options_of, publish
 
 from abe.data.datasets import image_folder
-from abe.data.prepare import INDEX, MANIFEST, SQUARES, VERSION, prepare
-from abe.runtime import environment
+from abe.data.prepare import INDEX, prepare
 
 SIDE = 128  # data.resize of the recipe
 CLASSES, PER_CLASS = 200, 25
@@ -49,23 +47,8 @@ class Taken(NamedTuple):
     cpu_seconds: float
 
 
-def generated_folder(root: Path) -> Path:
-    """JPEG files of 160 x 128 pixels in class folders."""
-    rng = np.random.default_rng(0)
-    for label in range(CLASSES):
-        (root / f"{label:03}").mkdir(parents=True)
-        for number in range(PER_CLASS):
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8))
-            image = coarse.resize((160, SIDE), Image.Resampling.BICUBIC)
-            image.save(root / f"{label:03}" / f"{number}.jpg", quality=85)
-    return root
-
-
 def listed_folder(folder: Path, prepared: Path, root: Path) -> Path:
-    """A prepared folder that lists `COPIES` times as many files as `prepared`, all of them there.
-
-    By docs/data.md; the squares are a file without content.
-    """
+    """A prepared folder that lists `COPIES` times the files of `prepared`, all of them there."""
     index = pyarrow.parquet.read_table(prepared / INDEX)
     about = json.loads(index.schema.metadata[b"abe"])
     parts, names = [], []
@@ -81,14 +64,7 @@ def listed_folder(folder: Path, prepared: Path, root: Path) -> Path:
         parts.append(part.set_column(part.column_names.index("label"), "label", pa.array(labels)))
         names += [f"{copy:02} {name}" for name in about["class_names"]]
     about |= {"class_names": names, "source": str(root)}
-    table = pa.concat_tables(parts).replace_schema_metadata({"abe": json.dumps(about)})
-    folder.mkdir()
-    shape = (len(table), SIDE, SIDE, 3)
-    np.lib.format.open_memmap(folder / SQUARES, "w+", np.uint8, shape)
-    pyarrow.parquet.write_table(table, folder / INDEX, compression="zstd")
-    digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({"version": VERSION, "index_sha256": digest}))
-    return folder
+    return list_prepared(folder, pa.concat_tables(parts), about, SIDE)
 
 
 def taken(command: list[str], environ: dict[str, str], until: str | None = None) -> Taken:
@@ -114,28 +90,27 @@ def taken(command: list[str], environ: dict[str, str], until: str | None = None)
 def compare(folders: dict[str, Path], scratch: Path, rounds: int) -> dict[str, Any]:
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environ["PYTHONPYCACHEPREFIX"] = str(scratch / "bytecode")
-    found: dict[str, list[Taken]] = {name: [] for name in ("import torch", *folders)}
-    for number in range(rounds + 1):
-        alone = taken([sys.executable, "-c", "import torch"], environ)
-        times = {"import torch": alone}
-        for name, folder in folders.items():
-            run = scratch / f"run {number} {name}"
-            words = ["train", str(folder), "--run", str(run), "--device", "cpu"]
-            command = [sys.executable, "-m", "abe.cli", *words]
-            times[name] = taken(command, environ, "on the first batch")
-        if number:  # the first round compiles the bytecode
-            for name, value in times.items():
-                found[name].append(value)
+    number = itertools.count()
+
+    def first_loss(folder: Path) -> Taken:
+        run = scratch / f"run {next(number)}"
+        words = ["train", str(folder), "--run", str(run), "--device", "cpu"]
+        command = [sys.executable, "-m", "abe.cli", *words]
+        return taken(command, environ, "on the first batch")
+
+    sides = {name: partial(first_loss, folder) for name, folder in folders.items()}
+    alone = partial(taken, [sys.executable, "-c", "import torch"], environ)
+    found = in_turns({"import torch": alone} | sides, rounds)  # warming up compiles the bytecode
     medians = {
         name: Taken(*(round(median(values), 3) for values in zip(*each, strict=True)))
         for name, each in found.items()
     }
-    alone = medians["import torch"]
+    least = medians["import torch"]
     return {name: of._asdict() for name, of in medians.items()} | {
         "to_import_torch": {
             name: {
-                "seconds": round(medians[name].seconds / alone.seconds, 2),
-                "cpu_seconds": round(medians[name].cpu_seconds / alone.cpu_seconds, 2),
+                "seconds": round(medians[name].seconds / least.seconds, 2),
+                "cpu_seconds": round(medians[name].cpu_seconds / least.cpu_seconds, 2),
             }
             for name in folders
         }
@@ -143,13 +118,13 @@ def compare(folders: dict[str, Path], scratch: Path, rounds: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    options = parser.parse_args()
+    options = options_of(__doc__, __file__, rounds=7).parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        photos = generated_folder(scratch / "photos")
+        size = (160, SIDE)
+        photos = draw_photographs(
+            scratch / "photos", CLASSES, PER_CLASS, size, grain=16, quality=85
+        )
         prepared = scratch / "prepared"
         prepare(image_folder(photos), prepared, source=photos, side=SIDE)
         folders = {
@@ -163,13 +138,7 @@ def main() -> None:
         print(
             f"{name}: {ratios['seconds']} times import torch, {ratios['cpu_seconds']} in CPU time"
         )
-    result = {
-        "hardware": environment(torch.device("cpu")) | {"cores": os.cpu_count()},
-        "rounds": options.rounds,
-        **compared,
-    }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    publish(options.output, {"rounds": options.rounds, **compared})
 
 
 if __name__ == "__main__":

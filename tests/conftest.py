@@ -1,6 +1,7 @@
 """Where each test starts from, and which ones this machine cannot run."""
 
 import http.server
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+
+# Whichever test forks a process first starts the server that all of them are forked from.
+multiprocessing.set_forkserver_preload(
+    ["abe.train", "abe.data.prepare", "lightning_fabric", "sklearn.cluster", "pyarrow.parquet"]
+)
 
 settings.register_profile("abe", deadline=None, derandomize=True)
 settings.load_profile("abe")
@@ -90,6 +96,15 @@ def fast_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For runs that must round alike: no library promises that of threads, on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,6 +9,25 @@ import torch
 import torch.nn.functional as F
 
 from abe.checkpoint import checkpoints
+from abe.config import Config, DataConfig, ModelConfig, TrainConfig
+
+TINY = Config(  # a run of seconds
+    device="cpu",
+    precision="fp32",
+    tracking=(),
+    model=ModelConfig(num_learners=2, embedding_dim=8, weights=None),
+    data=DataConfig(
+        resize=40, crop=32, synthetic_classes=8, synthetic_images=4, val_classes=0.5, cache=True
+    ),
+    train=TrainConfig(
+        steps=3,
+        sampler="classes",
+        batch_size=8,
+        normalization="balanced",
+        eval_every=2,
+        log_every=1,
+    ),
+)
 
 
 def forge(path: Path, **changes: Any) -> None:

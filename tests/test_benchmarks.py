@@ -1196,6 +1196,7 @@ def check_20_losses(abe, benchmark: Benchmark, root: Path, folder: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "layout", [INSHOP, BIRDS, VEHICLES], ids=["inshop", "cub200-2010", "cars196-train-half"]
 )
@@ -1205,6 +1206,7 @@ def test_20_losses_through_files_and_preparation(layout, abe, paint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.real_data
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["cub200-2010", "cars196-train-half"])
 def test_20_losses_on_photographs(name, abe, tmp_path):
     root = Path(os.environ["ABE_DATA_ROOT"])

@@ -412,7 +412,6 @@ def test_killed_at_20_random_moments(tmp_path, monkeypatch):
             photograph(tmp_path / "source" / str(label) / f"{number}.png", rng, (40, 50))
     images = image_folder(tmp_path / "source")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["abe.data.prepare"])
 
     def start(folder):
         options = {"source": tmp_path / "source", "side": SIDE}
@@ -943,6 +942,7 @@ def losses(run, source, *overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_20_losses_are_those_of_the_files(tmp_path):
     rng = np.random.default_rng(0)
     for label in range(8):

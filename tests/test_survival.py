@@ -183,6 +183,7 @@ def undisturbed(abe: Abe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     status, printed = abe(*begin(run))
     assert status == 0, printed
+    assert read_json(run / "result.json")["selected_step"] in (2, 4)  # neither the first nor last
     return run
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from abe.checkpoint import checkpoints
-from abe.config import Config, DataConfig, ModelConfig, TrainConfig
+from abe.config import Config, TrainConfig
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
 from abe.model import AttentionEnsemble
@@ -34,24 +35,8 @@ from abe.train import GateStatistics, Trainer, evaluate_run, lr_factor
 SILENT = Console(quiet=True)
 ABE = Path(sys.executable).with_name("abe")
 
-TINY = Config(
-    device="cpu",
-    precision="fp32",
-    tracking=(),
-    model=ModelConfig(num_learners=2, embedding_dim=8, weights=None),
-    data=DataConfig(
-        resize=40, crop=32, synthetic_classes=8, synthetic_images=4, val_classes=0.5, cache=True
-    ),
-    train=TrainConfig(
-        steps=6,
-        sampler="classes",
-        batch_size=8,
-        normalization="balanced",
-        divergence_weight=0.1,
-        lr=0.01,
-        eval_every=4,
-        log_every=1,
-    ),
+TINY = helpers.TINY.with_overrides(
+    ["train.steps=6", "train.divergence_weight=0.1", "train.lr=0.01", "train.eval_every=4"]
 )
 
 
