@@ -10,6 +10,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "performance.md"
 
+EVALUATED = 512  # numbers an image, in scaling.py
 MODELLED_STEPS = ((1, 1, 64), (1, 2, 64), (1, 8, 512), (2, 16, 512), (8, 64, 512), (8, 64, 4096))
 
 HEAD = """# Performance
@@ -170,8 +171,8 @@ def ranks() -> str:
         (
             f"{x['images']:,}",
             x["ranks"],
-            f"{x['bytes'][0] / 1e6:.0f}",
-            ", ".join(f"{size / 1e6:.0f}" for size in x["bytes"][1:]),
+            ", ".join(f"{size / 1e6:.0f}" for size in x["bytes"]),
+            f"{max(x['bytes']) / (x['images'] * 4 * EVALUATED / x['ranks']):.1f}",
         )
         for x in result["evaluations"]
     ]
@@ -188,7 +189,7 @@ def ranks() -> str:
         for nodes, ranks, batch in MODELLED_STEPS
     ]
     evaluation_model = [
-        (f"{n:,}", f"{12e-9 * n * dim:.2f}", f"{4e-9 * n * dim / 64:.3f}", f"{n * n * dim:.1e}")
+        (f"{n:,}", f"{20e-9 * n * dim / 64 + 0.1:.2f}", f"{n * n * dim / 64:.1e}")
         for n in (60_502, 10**6, 10**7, 10**8)
     ]
     return section(
@@ -198,12 +199,12 @@ def ranks() -> str:
         "Measured: bytes that a rank hands to the collectives of a step (its whole gradient, a "
         "flag of 4 bytes, and its share of the embeddings; gloo, one thread each).\n",
         table(("recipe", "N", "all-reduced", "gathered"), sent),
-        "Measured: memory that collecting an evaluation's embeddings takes, D = 512.\n",
-        table(("images", "N", "rank 0, MB", "other ranks, MB"), held),
+        f"Measured: memory of an evaluation (embeddings and Recall@1), D = {EVALUATED}.\n",
+        table(("images", "N", "each rank, MB", "most, to a rank's embeddings"), held),
         "Modelled by the formulas of [scaling.md](scaling.md), and not run: a step of `paper`.\n",
         table(("nodes", "N", "B", "gradients sent, MB", "embeddings sent, MB"), step_model),
         "Modelled, and not run: an evaluation on 64 ranks.\n",
-        table(("images", "rank 0, GB", "each other, GB", "products"), evaluation_model),
+        table(("images", "each rank, GB", "each rank's products"), evaluation_model),
     )
 
 

@@ -6,7 +6,7 @@
 and with its number of threads `recall_at_k` takes turns with one product of the matrix with its
 transpose, in blocks that are thrown away; where the processor multiplies bfloat16 in tiles, also as
 on a processor that does not ("float32"). Then, `--others` times each, what one does else: blocks of
-products and `torch.topk`, `nearest_neighbors`, faiss, and pytorch-metric-learning, which knows
+products and `torch.topk`, faiss, and pytorch-metric-learning, which knows
 K = 1 alone. Figures are medians. Peak memory above the embeddings is that of a process of its own.
 
 All sides must agree: ranks of some queries with a float64 sort of all distances; `recall_at_k` with
@@ -36,7 +36,6 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
 from abe.metrics import recall_at_k
-from abe.neighbors import nearest_neighbors
 from abe.ranking import match_ranks
 
 KS = (1, 10, 100, 1000)
@@ -179,9 +178,6 @@ def main() -> None:
         turns["recall_at_k, float32"] = without_amx
     others: dict[str, Side] = {
         "torch.topk": by_topk,
-        "nearest_neighbors": lambda embeddings, labels: hits(
-            nearest_neighbors(embeddings, None, max(KS)).indices, labels
-        ),
         "faiss": by_faiss,
         "pytorch-metric-learning, K = 1": by_pytorch_metric_learning,
     }

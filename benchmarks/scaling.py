@@ -6,9 +6,9 @@ Starts itself under torchrun as 1, 2 and 3 processes of this machine (gloo, one 
 bytes of a step are those handed to real collectives, as torch's profiler saw them: what each rank
 puts into its gradient buckets, its share of the embeddings, and the flag to stop. Images are of 32
 pixels, of which nothing that is sent depends. Memory is the peak of a process (VmHWM) above what it
-had before, while images are embedded by a stub and collected. Both sides of a ratio are of this
-run; the last line of the output is the result as one JSON object, which also goes to
-benchmarks/scaling.json.
+had before, while images are embedded by a stub and scored by Recall@1, which has to be the same for
+any number of processes. The last line of the output is the result as one JSON object, which also
+goes to benchmarks/scaling.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from measure import options_of, peak_memory, publish
 from rich.console import Console
 from torch import Tensor
@@ -33,13 +34,15 @@ from abe.config import Config
 from abe.data.loader import CachedImages, training_batches
 from abe.data.synthetic import SyntheticVehicles
 from abe.data.transforms import Preprocessing
-from abe.evaluate import embed
-from abe.ranks import Ranks
+from abe.evaluate import embed_share
+from abe.metrics import recall_at_k
+from abe.model.ensemble import concat
+from abe.ranks import Ranks, share
 from abe.recipes import get_recipe
 from abe.train import Trainer
 
 SIZES = (1, 2, 3)
-IMAGES = (20_000, 60_000, 180_000)
+IMAGES = (20_000, 60_000)
 SMALL = (
     "device=cpu",
     "precision=fp32",
@@ -79,23 +82,39 @@ def step_bytes(config: Config, folder: Path) -> dict[str, Any]:
     return found
 
 
-def evaluation_bytes(count: int) -> int:
-    """What embedding and collecting `count` images of 8 x 64 numbers adds to this rank's peak."""
+def evaluation(count: int) -> dict[str, float]:
+    """Recall@1 of `count` images of 8 x 64 numbers, and what it adds to this rank's peak."""
     ranks = Ranks("cpu")
     squares = np.zeros((1, 8, 8, 3), np.uint8)
     source = SyntheticVehicles(count // 10, 10, size=32)
     images = CachedImages(source, squares, np.zeros(count, np.int64))
 
-    def embedded(images: CachedImages) -> Tensor:
-        options = {"device": ranks.device, "part": ranks.part}
-        ones = torch.ones(64, 8, 64)
-        preprocessing = Preprocessing(resize=8, crop=8)
-        return ranks.collect(
-            embed(lambda x: ones[: len(x)].clone(), images, preprocessing, **options)
-        )
+    preprocessing = Preprocessing(resize=8, crop=8)
+    recall = 0.0
 
-    embedded(images.select(np.arange(640)))  # warms up
-    return peak_memory(lambda: embedded(images))
+    def scored(images: CachedImages) -> None:
+        nonlocal recall
+        first = share(-(-len(images) // 64), ranks.part).start * 64
+        noise = torch.Generator()
+
+        def embedder(batch: Tensor) -> Tensor:
+            """Noise around a point for each class, the same for an image on any rank."""
+            nonlocal first
+            rows = range(first, first + len(batch))
+            first = rows.stop
+            found = [
+                torch.randn(512, generator=noise.manual_seed(int(images.labels[row])))
+                + 4 * torch.randn(512, generator=noise.manual_seed(count + row))
+                for row in rows
+            ]
+            return F.normalize(torch.stack(found).view(-1, 8, 64), dim=2)
+
+        own = embed_share(embedder, images, preprocessing, ranks, precision="fp32")
+        recall = recall_at_k(concat(own), images.labels, [1], ranks=ranks)[1]
+
+    scored(images.select(np.arange(640)))  # warms up
+    taken = peak_memory(lambda: scored(images))
+    return {"bytes": taken, "recall_at_1": recall}
 
 
 def measure(what: str, folder: Path) -> None:
@@ -105,7 +124,7 @@ def measure(what: str, folder: Path) -> None:
     if kind == "step":
         found = step_bytes(settings()[value], folder / "run")
     else:
-        found = {"bytes": evaluation_bytes(int(value))}
+        found = evaluation(int(value))
     rank = os.environ.get("RANK", "0")
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -139,10 +158,14 @@ def main() -> None:
             print(json.dumps(steps[-1]), flush=True)
     for count in options.images:
         for size in SIZES:
-            taken = [rank["bytes"] for rank in on_ranks(size, f"evaluation {count}")]
-            evaluations.append({"images": count, "ranks": size, "bytes": taken})
-            evaluations[-1]["first_to_embeddings"] = round(taken[0] / (count * 512 * 4), 2)
+            ranks = on_ranks(size, f"evaluation {count}")
+            taken, recalls = ([rank[key] for rank in ranks] for key in ("bytes", "recall_at_1"))
+            of_embeddings = round(max(taken) / (count * 512 * 4 / size), 2)
+            found = {"images": count, "ranks": size, "recall_at_1": recalls[0], "bytes": taken}
+            evaluations.append(found | {"most_to_own_embeddings": of_embeddings})
             print(json.dumps(evaluations[-1]), flush=True)
+            if {*recalls, evaluations[-size]["recall_at_1"]} != {recalls[0]}:
+                raise AssertionError(f"Recall@1 differs: {recalls}")
     publish(options.output, {"steps": steps, "evaluations": evaluations})
 
 
