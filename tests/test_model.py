@@ -20,6 +20,7 @@ from abe.model import (
     MTails,
     Stage,
     concat,
+    fused,
 )
 from abe.model.attention import gate
 from abe.model.backbones import get_backbone
@@ -165,10 +166,16 @@ def test_response_norm_in_bfloat16() -> None:
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.005)
 
 
-def test_inception_is_caffes() -> None:
-    """The merged 1x1 convolutions against the layers one by one, and their gradients."""
-    block = Inception(4, (3, 2, 5, 2, 3, 2)).double()
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("on_processor", [True, False])
+def test_inception_is_caffes(
+    on_processor: bool, memory: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged and fused layers against one after the other, and their gradients."""
+    monkeypatch.setattr("abe.model.fused.pays", lambda x: on_processor)
+    block = Inception(4, (3, 2, 5, 2, 3, 2)).double().to(memory_format=memory)
+    x = torch.randn(8, 4, 9, 10, dtype=torch.float64).contiguous(memory_format=memory)
+    x.requires_grad_()
 
     def branch(x: torch.Tensor, *layers: str) -> torch.Tensor:
         for name in layers:
@@ -181,10 +188,35 @@ def test_inception_is_caffes() -> None:
     torch.testing.assert_close(block(x), expected)
     weight = torch.randn_like(expected)
     inputs = (x, *block.parameters())
+    exact = torch.autograd.grad((expected * weight).sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad((block(x) * weight).sum(), inputs), exact)
+
+    rounded, half = [], x.detach().bfloat16().requires_grad_()
+    for fusing in (on_processor, not on_processor):
+        monkeypatch.setattr("abe.model.fused.pays", lambda x, fusing=fusing: fusing)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block.float()(half)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+        rounded.append(torch.autograd.grad((y * weight).sum(), (half, *block.parameters())))
+    for ours, theirs in zip(*rounded, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_1x1_convolution_has_the_layers_gradients(memory: torch.memory_format) -> None:
+    layer = nn.Conv2d(4, 5, 1).double().to(memory_format=memory)
+    x = torch.randn(2, 4, 3, 6, dtype=torch.float64).contiguous(memory_format=memory)
+    inputs = x.requires_grad_(), layer.weight, layer.bias
+    expected, found = layer(x), fused.conv1x1(*inputs)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
     torch.testing.assert_close(
-        torch.autograd.grad((block(x) * weight).sum(), inputs),
+        torch.autograd.grad((found * weight).sum(), inputs),
         torch.autograd.grad((expected * weight).sum(), inputs),
     )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.conv1x1(*inputs).dtype == torch.bfloat16
 
 
 def test_gate_has_the_products_gradient() -> None:

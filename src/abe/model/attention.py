@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from abe.model import fused
+
 
 class AttentionHeads(nn.Conv2d):
     """A'_1..A'_M: one 1x1 convolution and sigmoid a learner, run as a single convolution.
@@ -38,7 +40,8 @@ class AttentionHeads(nn.Conv2d):
         assert bias is not None
         if learner is not None:
             weight, bias = (part.chunk(self.num_learners)[learner] for part in (weight, bias))
-        logits = self._conv_forward(trunk_features, weight, bias)
+        convolution = fused.conv1x1 if fused.pays(trunk_features) else self._conv_forward
+        logits = convolution(trunk_features, weight, bias)
         return torch.sigmoid(logits).unflatten(1, (-1, len(self.weight) // self.num_learners))
 
 

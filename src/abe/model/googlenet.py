@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from abe.data.transforms import Preprocessing
+from abe.model import fused
 from abe.model.backbones import Backbone, Stage
 
 # Output channels of the six convolutions of each inception block, Szegedy et al. 2015, Table 1:
@@ -85,6 +86,9 @@ class Inception(nn.Module):
         first = [layer[name] for name in ("1x1", "3x3_reduce", "5x5_reduce")]
         weight = torch.cat([convolution.weight for convolution in first])
         bias = torch.cat([convolution.bias for convolution in first])
+        if fused.pays(x):
+            others = [layer[name] for name in ("3x3", "5x5", "pool_proj")]
+            return fused.inception(x, (weight, bias), *((c.weight, c.bias) for c in others))
         sizes = [convolution.out_channels for convolution in first]
         # Not in place: the outputs are dense again, as the next convolutions take them.
         y1x1, y3x3, y5x5 = map(F.relu, F.conv2d(x, weight, bias).split(sizes, dim=1))
