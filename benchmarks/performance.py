@@ -189,7 +189,7 @@ def ranks() -> str:
         for nodes, ranks, batch in MODELLED_STEPS
     ]
     evaluation_model = [
-        (f"{n:,}", f"{20e-9 * n * dim / 64 + 0.1:.2f}", f"{n * n * dim / 64:.1e}")
+        (f"{n:,}", f"{34e-9 * n * dim / 64 + 0.1:.2f}", f"{n * n * dim / 64:.1e}")
         for n in (60_502, 10**6, 10**7, 10**8)
     ]
     return section(

@@ -215,6 +215,10 @@ def test_1x1_convolution_has_the_layers_gradients(memory: torch.memory_format) -
         torch.autograd.grad((found * weight).sum(), inputs),
         torch.autograd.grad((expected * weight).sum(), inputs),
     )
+    layer.to(memory_format=torch.channels_last)  # as networks are: DDP's buckets want it, too
+    fused.conv1x1(*inputs).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.stride() == layer.weight.stride()
     with torch.autocast("cpu", torch.bfloat16):
         assert fused.conv1x1(*inputs).dtype == torch.bfloat16
 

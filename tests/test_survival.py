@@ -197,20 +197,24 @@ def test_killed_at_20_random_moments(abe: Abe, undisturbed: Path, tmp_path: Path
     assert abe(*begin(tmp_path / "again" / "run"))[0] == 0
     lasted = time.perf_counter() - started
     moments = random.Random(0)
-    killed = 0
-    for trial in range(20):
-        run = tmp_path / str(trial) / "run"
+    killed = trials = 0
+    while killed < 20:
+        trials += 1
+        assert trials <= 100
+        run = tmp_path / str(trials) / "run"
         process = abe.start(*begin(run))
         time.sleep(lasted * moments.random())
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         status, printed = abe.wait()
-        killed += status == -signal.SIGKILL
-        if status != 0:
+        if status == 0:  # was done, so it takes less by now
+            lasted *= 0.8
+        else:
+            assert status == -signal.SIGKILL, printed
+            killed += 1
             status, printed = abe(*go_on(run))
             assert status == 0, printed
         assert outcome(run) == expected
-    assert killed >= 10
 
 
 @pytest.mark.slow
@@ -329,7 +333,8 @@ def test_a_disk_that_becomes_full(abe: Abe, undisturbed: Path, tmp_path: Path) -
 
 def test_a_log_that_cannot_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    config = configured("train.log_every=1", "train.eval_every=6")
+    # TensorBoard's thread would fail as well, or not, as it is scheduled.
+    config = configured("train.log_every=1", "train.eval_every=6", "tracking=none")
     step, limits = Trainer.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def step_with_little_space(trainer: Trainer, batch: Batch) -> EnsembleLoss:

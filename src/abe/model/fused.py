@@ -130,7 +130,8 @@ def _conv1x1_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
 def _weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a 1x1 convolution's weight and bias."""
     rows = _rows(gradient)
-    return (rows.mT @ _rows(x))[:, :, None, None], rows.sum(0)
+    of_weight = (rows.mT @ _rows(x))[:, None, None]
+    return of_weight.permute(0, 3, 1, 2), rows.sum(0)
 
 
 def _before_relu(gradient: Tensor, y: Tensor, out: Tensor) -> Tensor:
