@@ -3,31 +3,36 @@
     python benchmarks/step.py [--only speed|memory] [--rounds N] [--memory-rounds N]
 
 The port (`benchmarks/port.py`) has the same weights and gives the same loss and gradients, which is
-checked first; so has the port in channels-last memory, and that under bfloat16 autocast. A step is
-a forward pass, Eq. 8 and its gradient. The sides take turns in this process; times are medians over
-the rounds. The rate is the operations of the network's convolutions and linear layers, twice for
-the backward pass, over the time; its share is of the rate of a product of two 4096 x 4096 matrices
-measured beside it. What activation checkpointing and cached gradients cost and save is measured on
-a batch of 64: time and memory, above what there was before, in processes of their own, which
-take turns. The gradients must agree. The last line of the output is the result as one JSON object,
-which also goes to benchmarks/step.json: a part of it after the other, so that a run that is cut off
-leaves what it has found.
+checked; so has the port in channels-last memory, and that under bfloat16 autocast. A step is a
+forward pass, Eq. 8 and its gradient. Each side has a process of its own, since ours keeps freed
+memory as `abe train` does; they take turns, and times are medians over the rounds. The rate is the
+operations of the network's convolutions and linear layers, twice for the backward pass, over the
+time; its share is of the rate of a product of two 4096 x 4096 matrices measured beside it. What
+activation checkpointing and cached gradients cost and save is measured on a batch of 64: time and
+memory, above what there was before, in processes of their own, which take turns. The gradients must
+agree. The last line of the output is the result as one JSON object, which also goes to
+benchmarks/step.json: a part of it after the other, so that a run that is cut off leaves what it has
+found.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from measure import hardware, in_turns, options_of, peak_memory, rounded, save, take_turns
 from port import UsualPort, usual_loss
@@ -39,6 +44,7 @@ from abe.losses import ensemble_loss
 from abe.model.ensemble import AttentionEnsemble
 from abe.model.summary import count_macs
 from abe.model.weights import load_pretrained, read_weights
+from abe.runtime import keep_freed_memory
 
 SIDE = 4096  # of the matrices
 MODES = ("plain", "checkpointed", "chunks of 16", "chunks of 8")
@@ -57,7 +63,31 @@ def photographs(count: int) -> tuple[Tensor, Tensor]:
     return images, torch.arange(count // 2).repeat_interleave(2)
 
 
-def step(model: AttentionEnsemble, images: Tensor, labels: Tensor, mode: str = "plain") -> Tensor:
+class Side(NamedTuple):
+    """What takes steps, and how."""
+
+    port: bool
+    channels_last: bool
+    bf16: bool = False
+
+
+SIDES = {
+    "ours": Side(port=False, channels_last=True),
+    "port": Side(port=True, channels_last=False),
+    "port_channels_last": Side(port=True, channels_last=True),
+    "ours_bf16": Side(port=False, channels_last=True, bf16=True),
+    "port_bf16": Side(port=True, channels_last=True, bf16=True),
+}
+TOLERANCE = {False: 1e-3, True: 0.02}  # of the loss, with bf16
+
+
+def step(
+    model: AttentionEnsemble,
+    images: Tensor,
+    labels: Tensor,
+    mode: str = "plain",
+    bf16: bool = False,
+) -> Tensor:
     """The gradient of Eq. 8, into the parameters; -> the loss."""
     model.zero_grad()
     model.activation_checkpointing = mode == "checkpointed"
@@ -69,76 +99,90 @@ def step(model: AttentionEnsemble, images: Tensor, labels: Tensor, mode: str = "
         assert embeddings.grad is not None
         backward_in_chunks(model, images, embeddings.grad, size)
     else:
-        loss = ensemble_loss(model(images), labels).total
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            embeddings = model(images)
+        loss = ensemble_loss(embeddings, labels).total
         loss.backward()
     return loss.detach()
 
 
-def compare_with_port(batch: int, rounds: int) -> dict[str, Any]:
+def usual_step(port: UsualPort, images: Tensor, labels: Tensor, bf16: bool) -> Tensor:
+    """The same by the port."""
+    port.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        learners = port(images)
+    loss = usual_loss([embeddings.float() for embeddings in learners], labels)
+    loss.backward()
+    return loss.detach()
+
+
+def prepared(name: str, batch: int) -> Callable[[], Any]:
+    """What a side does in a turn; it gives the loss, and gradients of the first and last layer."""
+    if name == "sgemm":
+        left, right = torch.randn(2, SIDE, SIDE)
+        return lambda: (left @ right).sum().item()
+    side = SIDES[name]
     model = network()
-    port = UsualPort(model)
     images, labels = photographs(batch)
-    channels_last = images.contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if side.channels_last else torch.contiguous_format
+    images = images.contiguous(memory_format=layout)
+    take: Callable[[], Tensor]
+    if side.port:
+        port = UsualPort(model).to(memory_format=layout)
+        take = partial(usual_step, port, images, labels, side.bf16)
+        layers = port.spatial.conv1, port.embedding.linear
+    else:
+        keep_freed_memory()
+        take = partial(step, model, images, labels, bf16=side.bf16)
+        layers = model.spatial[0].conv1, model.embedding[0].linear
+    weights = [next(layer.parameters()) for layer in layers]
+    return lambda: [part.numpy() for part in (take(), *(weight.grad for weight in weights))]
 
-    other_port = copy.deepcopy(port).to(memory_format=torch.channels_last)
 
-    def usual(port: UsualPort, images: Tensor, autocast: bool = False) -> Tensor:
-        port.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            learners = port(images)
-        loss = usual_loss([embeddings.float() for embeddings in learners], labels)
-        loss.backward()
-        return loss.detach()
+def _prepare(name: str, batch: int) -> None:
+    global _turn
+    _turn = prepared(name, batch)
 
-    def in_bf16() -> Tensor:
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            embeddings = model(channels_last)
-        loss = ensemble_loss(embeddings, labels).total
-        loss.backward()
-        return loss.detach()
 
-    assert_close = torch.testing.assert_close
-    loss = step(model, channels_last, labels)
-    assert_close(loss, usual(port, images), rtol=1e-3, atol=0)
-    assert_close(loss, usual(other_port, channels_last), rtol=1e-3, atol=0)
-    for each in (port, other_port):
-        for ours, theirs in (
-            (model.spatial[0].conv1, each.spatial.conv1),
-            (model.embedding[0].linear, each.embedding.linear),
-        ):
-            ours, theirs = next(ours.parameters()).grad, next(theirs.parameters()).grad
-            assert (ours - theirs).norm() < 0.01 * theirs.norm()
-    in_bfloat16 = {
-        "ours_bf16": in_bf16,
-        "port_bf16": lambda: usual(other_port, channels_last, True),
-    }
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        in_bfloat16 = {}  # is emulated, in minutes
-    for side in in_bfloat16.values():
-        assert_close(side(), loss, rtol=0.02, atol=0)
+def _timed_turn() -> tuple[float, Any]:
+    started = time.perf_counter()
+    found = _turn()
+    return time.perf_counter() - started, found
 
-    matrices = torch.randn(2, SIDE, SIDE)
-    sides: dict[str, Callable[[], object]] = {
-        "ours": lambda: step(model, channels_last, labels),
-        "port": lambda: usual(port, images),
-        "port_channels_last": lambda: usual(other_port, channels_last),
-        "sgemm": lambda: matrices[0] @ matrices[1],
-        **in_bfloat16,
-    }
-    seconds = take_turns(sides, rounds)
-    gflop = 3 * 2 * count_macs(model) * batch / 1e9
+
+def compare_with_port(batch: int, rounds: int) -> dict[str, Any]:
+    """Each side in a process of its own, as its users have it; they take turns."""
+    names = [name for name, side in SIDES.items() if not side.bf16]
+    if torch.cpu.get_capabilities().get("avx512_bf16"):  # or it is emulated, in minutes
+        names = list(SIDES)
+    with contextlib.ExitStack() as stack:
+
+        def turns_of(name: str) -> Callable[[], tuple[float, Any]]:
+            pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (name, batch))
+            stack.enter_context(pool)
+            return lambda: pool.submit(_timed_turn).result()
+
+        found = in_turns({name: turns_of(name) for name in [*names, "sgemm"]}, rounds)
+
+    loss, *gradients = found["ours"][0][1]
+    for name in names:
+        other, *others = found[name][0][1]
+        np.testing.assert_allclose(other, loss, rtol=TOLERANCE[SIDES[name].bf16], err_msg=name)
+        for own, theirs in zip(gradients, others, strict=True):
+            apart = np.linalg.norm(theirs - own) / np.linalg.norm(own)
+            assert SIDES[name].bf16 or apart < 0.01, f"{name}: another gradient"
+    seconds = {name: median(one for one, _ in turns) for name, turns in found.items()}
+    gflop = 3 * 2 * count_macs(network()) * batch / 1e9
     sgemm = 2 * SIDE**3 / 1e9 / seconds["sgemm"]
-    result = {"batch": batch, "rounds": rounds, "sgemm_gflops": sgemm}
-    for name in sides:
-        if name != "sgemm":
-            rate = gflop / seconds[name]
-            result[name] = {
-                "seconds": seconds[name],
-                "gflops": rate,
-                "share_of_sgemm": rate / sgemm,
-                "of_ports_time": seconds[name] / seconds["port"],
-            }
+    result: dict[str, Any] = {"batch": batch, "rounds": rounds, "sgemm_gflops": sgemm}
+    for name in names:
+        rate = gflop / seconds[name]
+        result[name] = {
+            "seconds": seconds[name],
+            "gflops": rate,
+            "share_of_sgemm": rate / sgemm,
+            "of_ports_time": seconds[name] / seconds["port"],
+        }
     return rounded(result)
 
 
@@ -178,6 +222,7 @@ def compare_memory(batch: int, rounds: int, keep: Callable[[dict[str, Any]], Non
 
 def measured_step(mode: str, batch: int, file: Path) -> dict[str, float]:
     """Seconds of a step, and megabytes above what there was before, after one on two images."""
+    keep_freed_memory()
     model = network()
     images, labels = photographs(batch)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -65,6 +65,7 @@ from abe.runtime import (
     choose_precision,
     environment,
     flush,
+    keep_freed_memory,
     locked,
     make_folder,
     read_json,
@@ -157,6 +158,8 @@ class Trainer:
                 f"{self.ranks.size} processes: raise it, or start fewer"
             )
 
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = self.start.model.to(self.device)
         self.network = self.ranks.wrap(self.model, torch.zeros(1, 3, *2 * [config.data.crop]))
         self.preprocessing = self.start.preprocessing
