@@ -5,14 +5,14 @@
 The port (`benchmarks/port.py`) has the same weights and gives the same loss and gradients, which is
 checked; so has the port in channels-last memory, and that under bfloat16 autocast. A step is a
 forward pass, Eq. 8 and its gradient. Each side has a process of its own, since ours keeps freed
-memory as `abe train` does; they take turns, and times are medians over the rounds. The rate is the
-operations of the network's convolutions and linear layers, twice for the backward pass, over the
-time; its share is of the rate of a product of two 4096 x 4096 matrices measured beside it. What
-activation checkpointing and cached gradients cost and save is measured on a batch of 64: time and
-memory, above what there was before, in processes of their own, which take turns. The gradients must
-agree. The last line of the output is the result as one JSON object, which also goes to
-benchmarks/step.json: a part of it after the other, so that a run that is cut off leaves what it has
-found.
+memory as `abe train` does; they take turns, and times and their ratios are medians over the rounds.
+The rate is the operations of the network's convolutions and linear layers, twice for the backward
+pass, over the time; its share is of the rate of a product of two 4096 x 4096 matrices measured
+beside it. What activation checkpointing and cached gradients cost and save is measured on a batch
+of 64: time and memory, above what there was before, in processes of their own, which take turns.
+The gradients must agree. The last line of the output is the result as one JSON object, which also
+goes to benchmarks/step.json: a part of it after the other, so that a run that is cut off leaves
+what it has found.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def compare_with_port(batch: int, rounds: int) -> dict[str, Any]:
         for own, theirs in zip(gradients, others, strict=True):
             apart = np.linalg.norm(theirs - own) / np.linalg.norm(own)
             assert SIDES[name].bf16 or apart < 0.01, f"{name}: another gradient"
-    seconds = {name: median(one for one, _ in turns) for name, turns in found.items()}
+    times = {name: np.array([one for one, _ in turns]) for name, turns in found.items()}
+    seconds = {name: float(np.median(taken)) for name, taken in times.items()}
     gflop = 3 * 2 * count_macs(network()) * batch / 1e9
     sgemm = 2 * SIDE**3 / 1e9 / seconds["sgemm"]
     result: dict[str, Any] = {"batch": batch, "rounds": rounds, "sgemm_gflops": sgemm}
@@ -181,7 +182,7 @@ def compare_with_port(batch: int, rounds: int) -> dict[str, Any]:
             "seconds": seconds[name],
             "gflops": rate,
             "share_of_sgemm": rate / sgemm,
-            "of_ports_time": seconds[name] / seconds["port"],
+            "of_ports_time": float(np.median(times[name] / times["port"])),  # in the same round
         }
     return rounded(result)
 

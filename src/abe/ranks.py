@@ -211,11 +211,7 @@ def _join(device: str, timeout: float) -> Fabric:
         raise InputError(
             f"device={device}: several processes take auto, cpu or cuda, and each a GPU of its own"
         )
-    strategy = DDPStrategy(
-        timeout=timedelta(seconds=timeout),
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # no step changes them: batch norm is refused with several ranks
-    )
+    strategy = DDPStrategy(timeout=timedelta(seconds=timeout), gradient_as_bucket_view=True)
     try:
         fabric = Fabric(
             accelerator=kind, devices=processes_here(), num_nodes=machines(), strategy=strategy

@@ -107,8 +107,8 @@ def keep_freed_memory() -> None:
     Else it gives the tensors of a step back to the system after each, and the system has to clear
     every page again: a tenth of a step on a processor. Tensors of 32 MiB and more still go back.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it can be
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
