@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -138,6 +138,11 @@ def _configure(recipe: str | None, overrides: list[str] | None, **settings: obje
     """A recipe with the settings of the options that were given, then with those of --set."""
     from abe.recipes import get_recipe
 
+    return get_recipe(recipe or "photographs").with_overrides(_settings(overrides, **settings))
+
+
+def _settings(overrides: list[str] | None, **settings: object) -> list[str]:
+    """What `Config.with_overrides` takes, of the options that were given and then of --set."""
     names = {
         "data": "data.source",
         "root": "data.root",
@@ -152,7 +157,7 @@ def _configure(recipe: str | None, overrides: list[str] | None, **settings: obje
         for option, value in settings.items()
         if value is not None and value is not False
     ]
-    return get_recipe(recipe or "photographs").with_overrides([*chosen, *(overrides or [])])
+    return [*chosen, *(overrides or [])]
 
 
 @app.command()
@@ -267,6 +272,12 @@ def results(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="JSON-lines file that train and eval add to.")
     ],
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a Markdown page: the paper's claims, each with a verdict."
+        ),
+    ] = None,
     into: Annotated[
         Path | None,
         typer.Option(
@@ -284,15 +295,21 @@ def results(
     from abe.results import markdown_table, read_records, replace_between, summarize
     from abe.runtime import replace_text
 
-    table = markdown_table(summarize(read_records(file)))
+    records = read_records(file)
+    if page is not None:
+        from abe.verdicts import results_page
+
+        replace_text(page, results_page(records))
+        return
+    table = markdown_table(summarize(records))
     if into is None:
         typer.echo(table)
     else:
         try:
-            page = replace_between(into.read_text(encoding="utf-8"), "results", table)
+            text = replace_between(into.read_text(encoding="utf-8"), "results", table)
         except ValueError as error:  # not in UTF-8, or without the comments
             raise InputError(f"{into}: {error}") from None
-        replace_text(into, page)
+        replace_text(into, text)
 
 
 @app.command()
@@ -330,6 +347,104 @@ def demo(
     records, page = run_demo(base, folder, err, go_on=typed(*sys.argv[1:]))
     out.print(scores_table(records))
     out.print(f"Report: {page}")
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[
+        str, typer.Argument(metavar="NAME", help="table1 ... table8, fig4 ... fig7, or losses.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Images, as `abe train` takes them. Default: with --root the paper's, else images "
+            "drawn by abe.",
+        ),
+    ] = None,
+    root: Root = None,
+    scale: Annotated[
+        Literal["full", "small"],
+        typer.Option(help="full: the paper's setting, for a GPU; small: cut to fit a laptop."),
+    ] = "small",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 3,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--rate",
+            metavar="RATE",
+            help="Learning rate to choose from, by held-out classes. Repeatable. Default: the "
+            "scale's.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Begin no run that would end later, e.g. 90s, 30m or 2h."
+        ),
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="List the missing runs and about how long they take.")
+    ] = False,
+    folder: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="For runs, tables and pictures."),
+    ] = Path("reproduced"),
+    results: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Lines of runs: what is there is not run again."),
+    ] = Path("results/runs.jsonl"),
+    device: Device = None,
+    split_classes: SplitClasses = None,
+    skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run a table or figure of the paper on your images, and set it beside the paper's.
+
+    Every row has the same steps and chooses its rate by held-out classes. An interrupted or
+    exhausted budget goes on when the same command is given again; rows that the results file has
+    are not run again. Writes Markdown, CSV and a picture.
+    """
+    from dataclasses import replace
+
+    from abe.experiments import full, get_experiments, small
+    from abe.reproduce import Outcome, Reproduction, dry_run
+    from abe.reproduce import reproduce as run
+    from abe.runtime import seconds_of, typed
+
+    experiments = get_experiments(experiment)
+    limit = None if budget is None else seconds_of(budget, "--budget")
+    if root is not None and data is None:
+        data = next(iter(experiments.values())).benchmarks[0]
+    if scale == "full" and data is None:
+        names = " or ".join(next(iter(experiments.values())).benchmarks)
+        raise InputError(f"--scale full needs photographs: --data {names} --root FOLDER")
+    chosen = full() if scale == "full" else small(data is not None)
+    settings = _settings(
+        overrides,
+        data=data,
+        root=root,
+        device=device,
+        split_classes=split_classes,
+        skip_broken=skip_broken,
+        allow_partial=allow_partial,
+    )
+    base = chosen.base.with_overrides(settings).anchored()
+    chosen = replace(chosen, base=base, rates=tuple(rates or chosen.rates))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    whole = Reproduction(chosen, scale, results, folder, err, seeds)
+    if dry:
+        out.print(dry_run(whole, experiments))
+        return
+
+    def show(name: str, outcome: Outcome) -> None:
+        typer.echo(outcome.files[0].read_text(encoding="utf-8"))
+        out.print(f"Written: {', '.join(map(str, outcome.files))}")
+
+    if not run(whole, experiments, budget=limit, go_on=typed(*sys.argv[1:]), show=show):
+        raise typer.Exit(130)
 
 
 @app.command()

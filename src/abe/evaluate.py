@@ -5,6 +5,7 @@ Shapes: N images, M learners, d the size of a learner's embedding, D = M * d.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
-from abe.metrics import KS, nmi, retrieval_metrics
+from abe.intervals import pack
+from abe.metrics import KS, nearest_matches, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
 from abe.results import result_record
@@ -225,14 +227,17 @@ def score(
         ranks: the processes; None for one by itself.
 
     Returns:
-        {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines}, see `metrics`
-        and `similarity`.
+        {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines, "hits@1": the
+        ensemble's `nearest_matches`}, see `metrics`, `similarity` and `abe.intervals.pack`.
     """
     classes = torch.as_tensor(labels)
     learners = embeddings.unbind(1)
     galleries = [None] * len(learners) if gallery is None else gallery.unbind(1)
     whole = None if gallery is None else concat(gallery)
-    ensemble = metrics(concat(embeddings), classes, ks, whole, gallery_labels, ranks)
+    own = concat(embeddings)
+    ensemble = metrics(own, classes, ks, whole, gallery_labels, ranks)
+    with warnings.catch_warnings(action="ignore"):  # told by `metrics`
+        hits = nearest_matches(own, classes, whole, gallery_labels, ranks=ranks)
     return {
         "ensemble": ensemble,
         "learners": [
@@ -242,6 +247,7 @@ def score(
         if len(learners) > 1
         else [ensemble],
         "similarity": similarity(embeddings, classes, ranks),
+        "hits@1": pack(hits),
     }
 
 

@@ -65,6 +65,25 @@ def recall_at_k(
     return _recall(_retrieval(query, query_labels, gallery, gallery_labels, ranks), wanted)
 
 
+def nearest_matches(
+    query: Array,
+    query_labels: Array,
+    gallery: Array | None = None,
+    gallery_labels: Array | None = None,
+    *,
+    ranks: Ranks | None = None,
+) -> NDArray[np.bool_]:
+    """Whether each query's nearest image has its label: what Recall@1 is the mean of.
+
+    Arguments and errors are those of `recall_at_k`.
+
+    Returns:
+        Of all ranks' queries that have a match, in order; (Q',).
+    """
+    retrieval = _retrieval(query, query_labels, gallery, gallery_labels, ranks)
+    return (_ranks_of_matches(retrieval, 1) == 0).cpu().numpy()
+
+
 def r_precision(
     query: Array,
     query_labels: Array,
@@ -201,10 +220,15 @@ def _retrieval(
 
 
 def _recall(retrieval: _Retrieval, ks: Sequence[int]) -> dict[int, float]:
-    query, query_classes, gallery, item_classes, relevant, ranks = retrieval
-    found = match_ranks(query, query_classes, gallery, item_classes, max(ks), ranks=ranks)
-    found = found[relevant > 0]
+    found = _ranks_of_matches(retrieval, max(ks))
     return {k: (found < k).double().mean().item() for k in ks}
+
+
+def _ranks_of_matches(retrieval: _Retrieval, limit: int) -> Tensor:
+    """Of the queries that have a match, (Q',)."""
+    query, query_classes, gallery, item_classes, relevant, ranks = retrieval
+    found = match_ranks(query, query_classes, gallery, item_classes, limit, ranks=ranks)
+    return found[relevant > 0]
 
 
 def _precisions(retrieval: _Retrieval) -> dict[str, float]:

@@ -259,18 +259,26 @@ class Summary:
     Or a baseline, which has no training to choose a rate for.
 
     Attributes:
-        record: one of the runs, for what they have in common.
-        rates: learning rates that were tried; the chosen one is the record's.
-        seeds: how many seeds the chosen rate was run with.
+        runs: the records of the chosen rate, in the order of their seeds.
+        rates: learning rates that were tried.
         scores: name of a score -> its mean over the seeds; see `summarize`.
         spread: the same scores -> their standard deviation, 0 for one seed.
     """
 
-    record: dict[str, Any]
+    runs: tuple[dict[str, Any], ...]
     rates: tuple[float, ...]
-    seeds: int
     scores: dict[str, float]
     spread: dict[str, float]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """One of the runs, for what they have in common."""
+        return self.runs[0]
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds the chosen rate was run with."""
+        return len(self.runs)
 
 
 def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
@@ -296,9 +304,8 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
         columns = {name: [value[name] for value in values] for name in names}
         summaries.append(
             Summary(
-                record=by_rate[best][0],
+                runs=tuple(by_rate[best]),
                 rates=tuple(sorted(by_rate)),
-                seeds=len(values),
                 scores={name: statistics.fmean(column) for name, column in columns.items()},
                 spread={
                     name: statistics.stdev(column) if len(column) > 1 else 0.0

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -340,6 +341,18 @@ def typed(*words: object) -> str:
     program = sys.argv[0]
     named = Path(program).name == "abe" and shutil.which("abe") != os.path.abspath(program)
     return shlex.join([program if named else "abe", *map(str, words)])
+
+
+def seconds_of(text: str, option: str) -> float:
+    """A time such as 90s, 30m or 2h; seconds if there is no unit.
+
+    Raises:
+        InputError: it is none; the message names the option.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None:
+        raise InputError(f"{option} {text}: give a time such as 90s, 30m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def resume_command(run: Path) -> str:

@@ -1,0 +1,365 @@
+"""What the paper compares, and what we ask beyond it: each table and figure as runs and claims.
+
+An `Experiment` has the rows of a table as `Arm`s, settings on top of what a `Scale` begins from,
+and what the paper says of them as `Claim`s. `abe.reproduce` runs them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from abe.config import Config
+from abe.errors import InputError
+from abe.recipes import demo, paper, photographs
+
+Settings = tuple[str, ...]
+Quantity = Literal["recall@1", "learners' recall@1", "learners' cosine"]
+
+WITHOUT_DIVERGENCE = "train.divergence_weight=0"
+SIMILAR = 0.02  # of what the paper calls similar: Recall@1 apart by less
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table, or point of a curve.
+
+    Attributes:
+        name: ours.
+        settings: on top of a scale's.
+        paper: what the paper's table calls the row; None where it has no figures.
+        rates: learning rates to choose from, if not the scale's.
+    """
+
+    name: str
+    settings: Settings
+    paper: str | None = None
+    rates: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of two arms, by their names: one has more of a quantity.
+
+    Attributes:
+        more: the arm that has more of it.
+        less: the one that has less.
+        similar: says instead that they differ by less than `SIMILAR`.
+        quantity: what is compared.
+    """
+
+    more: str
+    less: str
+    similar: bool = False
+    quantity: Quantity = "recall@1"
+
+    def __str__(self) -> str:
+        relation = "is similar to" if self.similar else "is above"
+        return f"{self.quantity} of {self.more} {relation} that of {self.less}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or a figure of the paper, or a question of ours.
+
+    Attributes:
+        title: what it compares.
+        arms: its rows, with as many learners as asked for where the paper has 8 of them.
+        claims: what is said of them, likewise.
+        benchmarks: the paper's images.
+        table: which of the paper's tables has its figures.
+        picture: what is drawn of it.
+    """
+
+    title: str
+    arms: Callable[[int], tuple[Arm, ...]]
+    claims: Callable[[int], tuple[Claim, ...]]
+    benchmarks: tuple[str, ...] = ("cars196",)
+    table: str | None = None
+    picture: Literal["scores", "costs", "cosines", "masks"] = "scores"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is.
+
+    Attributes:
+        base: what all runs begin from.
+        learners: of the networks that the paper gives 8.
+        rates: learning rates that every arm chooses from, by held-out classes.
+    """
+
+    base: Config
+    learners: int
+    rates: tuple[float, ...]
+
+
+def full() -> Scale:
+    """The paper's setting: 224 px, D = 512, batch 64, ImageNet weights."""
+    base = paper().with_overrides(["model.weights=bvlc-googlenet"])
+    return Scale(base, learners=8, rates=(1e-4, 3e-4))
+
+
+def small(own_images: bool) -> Scale:
+    """The same comparison in minutes a run, on photographs or on the images that abe draws."""
+    if own_images:
+        return Scale(photographs(), learners=4, rates=(0.003, 0.01))
+    return Scale(demo(), learners=4, rates=(0.003, 0.01, 0.03))
+
+
+def abe(learners: int, dim: int = 512, *settings: str, paper: str | None = None) -> Arm:
+    """ABE-M^D."""
+    name = f"ABE-{learners}^{dim}"
+    network = ("model.network=abe", f"model.num_learners={learners}", f"model.embedding_dim={dim}")
+    return Arm(name, (*network, *settings), paper or name)
+
+
+def heads(learners: int, *settings: str, paper: str | None = None) -> Arm:
+    """M-heads^512, which the paper trains without Eq. 9."""
+    name = f"{learners}-head{'s' * (learners > 1)}^512"
+    network = ("model.network=m-heads", f"model.num_learners={learners}")
+    alone = (WITHOUT_DIVERGENCE,) if learners > 1 else ()
+    return Arm(name, (*network, *alone, *settings), paper or name)
+
+
+def _named(arm: Arm, name: str, paper: str | None = None) -> Arm:
+    return Arm(name, arm.settings, paper, arm.rates)
+
+
+def _against_heads(most: int) -> tuple[Arm, ...]:
+    """Tables 1 and Fig. 4; both scales have all rows."""
+    return (
+        *(heads(m) for m in (1, 2, 4, 8)),
+        *(abe(m) for m in (1, 2, 4, 8)),
+        *(abe(m, 64 * m) for m in (1, 2, 4)),
+    )
+
+
+def _against_heads_claims(most: int) -> tuple[Claim, ...]:
+    return (
+        Claim("ABE-1^512", "1-head^512", similar=True),
+        *(Claim(f"ABE-{m}^512", f"{m}-heads^512") for m in (2, 4, 8)),
+        *(Claim(f"ABE-{2 * m}^512", f"ABE-{m}^512") for m in (1, 2, 4)),
+        *(
+            Claim(f"ABE-{2 * m}^512", f"ABE-{m}^512", quantity="learners' recall@1")
+            for m in (1, 2, 4)
+        ),
+    )
+
+
+def _divergence(most: int) -> tuple[Arm, ...]:
+    without = abe(most, 512, WITHOUT_DIVERGENCE)
+    return (
+        abe(most, paper="ABE-8^512"),
+        _named(without, f"{without.name} without L_div", "ABE-8^512 without L_div"),
+    )
+
+
+def _divergence_claims(most: int) -> tuple[Claim, ...]:
+    with_it, without = (arm.name for arm in _divergence(most))
+    return (Claim(with_it, without), Claim(without, with_it, quantity="learners' cosine"))
+
+
+def _divergence_in_heads(most: int) -> tuple[Arm, ...]:
+    network = ("model.network=m-heads", f"model.num_learners={most}")
+    plain = heads(most, paper="8-heads")
+    return plain, Arm(f"{plain.name} with L_div", network, "8-heads with L_div")
+
+
+def _divergence_in_heads_claims(most: int) -> tuple[Claim, ...]:
+    plain, with_it = (arm.name for arm in _divergence_in_heads(most))
+    return (Claim(with_it, plain, similar=True),)
+
+
+def _cosines(most: int) -> tuple[Arm, ...]:
+    return _divergence(most) + _divergence_in_heads(most)
+
+
+def _cosines_claims(most: int) -> tuple[Claim, ...]:
+    alike = _divergence_claims(most)[1]
+    return alike, Claim(alike.more, heads(most).name, quantity="learners' cosine")
+
+
+def _growing(*dims: int) -> Callable[[int], tuple[Arm, ...]]:
+    return lambda most: tuple(abe(m, dim) for dim in dims for m in (2, 4, 8))
+
+
+def _growing_claims(most: int) -> tuple[Claim, ...]:
+    return Claim("ABE-4^512", "ABE-2^512"), Claim("ABE-8^512", "ABE-4^512")
+
+
+def _architectures(most: int) -> tuple[Arm, ...]:
+    learners = f"model.num_learners={most}"
+    with_attention = ("model.network=m-heads+att", learners, WITHOUT_DIVERGENCE)
+    tails = ("model.network=m-tails", learners, "train.batch_size=32")  # as the supplement has it
+    return (
+        heads(most, paper="8-heads"),
+        Arm(f"{most}-heads+att^512", with_attention, "8-heads+att"),
+        Arm(f"{most}-tails^512", tails, "8-tails"),
+        abe(most, paper="ABE-8"),
+    )
+
+
+def _architectures_claims(most: int) -> tuple[Claim, ...]:
+    names = [arm.name for arm in _architectures(most)]
+    return tuple(Claim(more, less) for less, more in pairwise(names))
+
+
+def _varied(
+    setting: str, values: tuple[str, ...], *settings: str
+) -> Callable[[int], tuple[Arm, ...]]:
+    """ABE-M with a setting varied, as Fig. 7 does; the paper gives a curve and no figures."""
+    return lambda most: tuple(
+        Arm(
+            f"{setting.rpartition('.')[2]} {value}",
+            (*abe(most).settings, f"{setting}={value}", *settings),
+        )
+        for value in values
+    )
+
+
+def _peak(best: str, others: tuple[str, ...]) -> Callable[[int], tuple[Claim, ...]]:
+    return lambda most: tuple(Claim(best, other) for other in others)
+
+
+DEPTHS = ("1", "2", "3", "4", "5", "6", "7")
+BRANCH_POINTS = ("pool2", "inception_3a", "inception_3b", "pool3", "inception_4a", "inception_4b")
+LAMBDAS = ("0", "0.01", "0.1", "1", "10")
+
+# Eq. 10 as printed sums over pairs: its rates are those that fit the larger gradient.
+_AS_PRINTED = ("train.normalization=per_image", "train.divergence_weight=1")
+_PRINTED_RATES = (1e-4, 3e-4)
+_LOSSES = {
+    "multi-similarity": "MultiSimilarityLoss",
+    "proxy-anchor": "ProxyAnchorLoss",
+    "margin": "MarginLoss",
+}
+
+
+def _losses(most: int) -> tuple[Arm, ...]:
+    arms = []
+    for network in (abe(most), heads(1)):
+        balanced = (*network.settings, "train.normalization=balanced")
+        printed = (*network.settings, *_AS_PRINTED)
+        arms += [
+            Arm(f"{network.name}, Eq. 10 balanced", balanced),
+            Arm(f"{network.name}, Eq. 10 as printed", printed, rates=_PRINTED_RATES),
+            Arm(f"{network.name}, balanced, the paper's pairs", (*balanced, "train.sampler=pairs")),
+            *(
+                Arm(f"{network.name}, {name}", (*network.settings, f"train.metric_loss={loss}"))
+                for name, loss in _LOSSES.items()
+            ),
+        ]
+    return tuple(arms)
+
+
+def _losses_claims(most: int) -> tuple[Claim, ...]:
+    ensemble, single = abe(most).name, heads(1).name
+    ways = [arm.name.partition(", ")[2] for arm in _losses(most)[: 3 + len(_LOSSES)]]
+    return tuple(Claim(f"{ensemble}, {way}", f"{single}, {way}") for way in ways)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": Experiment(
+        "ABE-M against M-heads, at equal D and at equal d",
+        _against_heads,
+        _against_heads_claims,
+        table="table1",
+    ),
+    "table2": Experiment(
+        "ABE-8 with and without the divergence loss",
+        _divergence,
+        _divergence_claims,
+        table="table2",
+    ),
+    "table3": Experiment(
+        "8-heads with and without the divergence loss",
+        _divergence_in_heads,
+        _divergence_in_heads_claims,
+        table="table3",
+    ),
+    "table4": Experiment(
+        "ABE-M on CUB-200-2011 and CARS-196",
+        _growing(384, 512),
+        _growing_claims,
+        ("cub200", "cars196"),
+        "table4",
+    ),
+    "table5": Experiment(
+        "ABE-M on cropped images",
+        _growing(512),
+        _growing_claims,
+        ("cub200-cropped", "cars196-cropped"),
+        "table5",
+    ),
+    "table6": Experiment(
+        "ABE-M on Stanford Online Products",
+        _growing(512),
+        _growing_claims,
+        ("sop",),
+        "table6",
+    ),
+    "table7": Experiment(
+        "ABE-M on In-shop clothes", _growing(512), _growing_claims, ("inshop",), "table7"
+    ),
+    "table8": Experiment(
+        "other architectures with attention or several learners",
+        _architectures,
+        _architectures_claims,
+        table="table8",
+    ),
+    "fig4": Experiment(
+        "Recall@1 against parameters and operations",
+        lambda most: _against_heads(most)[:8],
+        lambda most: _against_heads_claims(most)[:7],
+        table="table1",
+        picture="costs",
+    ),
+    "fig5": Experiment(
+        "cosines of positive, negative and self pairs", _cosines, _cosines_claims, picture="cosines"
+    ),
+    "fig6": Experiment(
+        "attention masks", lambda most: _divergence(most)[:1], lambda most: (), picture="masks"
+    ),
+    "fig7a": Experiment(
+        "inception blocks in the attention trunk",
+        _varied("model.attention_depth", DEPTHS),
+        _peak("attention_depth 5", tuple(f"attention_depth {n}" for n in DEPTHS if n != "5")),
+    ),
+    "fig7b": Experiment(
+        "where attention branches off",
+        _varied("model.branch_point", BRANCH_POINTS, "train.batch_size=40"),  # as the paper has it
+        _peak(
+            "branch_point pool3", tuple(f"branch_point {p}" for p in BRANCH_POINTS if p != "pool3")
+        ),
+    ),
+    "fig7c": Experiment(
+        "the divergence loss's weight",
+        _varied("train.divergence_weight", LAMBDAS),
+        _peak("divergence_weight 1", tuple(f"divergence_weight {w}" for w in LAMBDAS if w != "1")),
+    ),
+    "losses": Experiment(
+        "how much of ABE-M's gain other losses and mini-batches leave (not in the paper)",
+        _losses,
+        _losses_claims,
+    ),
+}
+
+
+def get_experiments(name: str) -> dict[str, Experiment]:
+    """The table or figure of that name; "fig7" is all three of its parts.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = {key: value for key, value in EXPERIMENTS.items() if name in (key, key.rstrip("abc"))}
+    if not found:
+        near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"there is no experiment {name!r}: {hint}use one of {', '.join(EXPERIMENTS)}"
+        )
+    return found

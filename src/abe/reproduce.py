@@ -1,0 +1,319 @@
+"""Run what a table or figure of the paper needs, and set our figures beside the paper's.
+
+Runs are lines of a results file. What has a line, by the digests of its configuration and of its
+images, is not run again; what was interrupted goes on where it was. Seeds come first: a budget that
+ends early leaves a whole table of fewer seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from abe.checkpoint import checkpoints
+from abe.config import Config
+from abe.data.splits import Splits, open_splits
+from abe.evaluate import evaluate_baselines
+from abe.experiments import Arm, Experiment, Scale
+from abe.losses import ensemble_loss
+from abe.model.summary import count_macs
+from abe.report.reproduced import draw
+from abe.results import append_record, is_baseline, read_records
+from abe.runtime import autocast, choose_device, choose_precision, replace_text
+from abe.start import build_model
+from abe.train import Trainer
+from abe.verdicts import (
+    Judged,
+    Row,
+    csv_text,
+    cuts,
+    judge,
+    markdown,
+    rows_of,
+    values_of,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm with a rate and a seed.
+
+    Attributes:
+        arm: of the experiment.
+        config: with the rate and the seed.
+        gflop: what it computes, as multiplications and additions, evaluations included.
+    """
+
+    arm: Arm
+    config: Config
+    gflop: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment has come to.
+
+    Attributes:
+        rows: its arms and what they found so far.
+        judged: the verdicts on its claims.
+        missing: how many runs there is no line of.
+        files: what was written: Markdown, CSV and, if it can be drawn, a picture.
+    """
+
+    rows: Sequence[Row]
+    judged: Sequence[Judged]
+    missing: int
+    files: Sequence[Path]
+
+
+@dataclass
+class Reproduction:
+    """The experiments of one scale on one set of images.
+
+    Args:
+        scale: what runs begin from; with the images in its base.
+        scale_name: "full" or "small".
+        results: file of the lines.
+        folder: for run folders, tables and pictures.
+        console: where to report progress.
+        seeds: how many, from the base's on.
+    """
+
+    scale: Scale
+    scale_name: str
+    results: Path
+    folder: Path
+    console: Console
+    seeds: int = 3
+    splits: Splits = field(init=False)
+
+    def __post_init__(self) -> None:
+        base = self.scale.base
+        self.splits = open_splits(base.data, base.protocol, self.console)
+
+    def plan(self, experiment: Experiment) -> list[Run]:
+        """All trainings of an experiment, one seed after the other."""
+        runs = []
+        first = self.scale.base.seed
+        arms = experiment.arms(self.scale.learners)
+        gflops = [self._gflop(self.scale.base.with_overrides(arm.settings)) for arm in arms]
+        for seed in range(first, first + self.seeds):
+            for arm, gflop in zip(arms, gflops, strict=True):
+                for rate in arm.rates or self.scale.rates:
+                    settings = [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
+                    runs.append(Run(arm, self.scale.base.with_overrides(settings), gflop))
+        return runs
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those that have no line yet."""
+        done = {r["config_digest"] for r in self._records() if not is_baseline(r)}
+        return [run for run in runs if run.config.digest not in done]
+
+    def train(self, runs: Sequence[Run], budget: float | None, go_on: str) -> bool:
+        """Train one after the other, and add a line for each.
+
+        Args:
+            runs: what is missing.
+            budget: seconds; a run that is expected to end after them is not begun.
+            go_on: the command that goes on, for who stops it.
+
+        Returns:
+            False if a signal stopped it.
+
+        Raises:
+            InputError: as `Trainer` does.
+        """
+        began = time.monotonic()
+        speed: list[float] = []  # GFLOP a second, of the runs so far
+        for number, run in enumerate(runs, start=1):
+            if budget is not None:
+                speed = speed or [self.speed()]
+                needed = run.gflop / statistics.median(speed)
+                left = budget - (time.monotonic() - began)
+                if needed > left:
+                    self.console.print(
+                        f"{run.arm.name} takes about {_minutes(needed)}, and {_minutes(left)} of "
+                        f"the budget are left: {len(runs) - number + 1} runs are not begun"
+                    )
+                    break
+            config = run.config
+            self.console.rule(
+                f"{number} of {len(runs)}: {run.arm.name}, rate {config.train.lr:g}, "
+                f"seed {config.seed}"
+            )
+            started = time.monotonic()
+            folder = self.folder / "runs" / config.digest
+            begun = bool(checkpoints(folder))
+            trainer = (
+                Trainer.resume(folder, self.console, device=config.device)
+                if begun
+                else Trainer(config, folder, self.console)
+            )
+            record = trainer.fit(go_on)
+            if record is None:
+                return False
+            append_record(self.results, record)
+            if not begun:
+                speed = [*speed, run.gflop / (time.monotonic() - started)][-5:]
+        return True
+
+    def score_baselines(self) -> None:
+        """Raw pixels and the pretrained start, if they have no line."""
+        digest = self.scale.base.digest
+        if not any(is_baseline(r) and r["config_digest"] == digest for r in self._records()):
+            self.console.print("Scoring raw pixels and the pretrained start ...")
+            for evaluation in evaluate_baselines(self.scale.base, self.splits).values():
+                append_record(self.results, evaluation.record)
+
+    def write(self, name: str, experiment: Experiment) -> Outcome:
+        """The table, its verdicts and its picture, of the lines that there are."""
+        runs = self.plan(experiment)
+        of_digest = {run.config.digest: run.arm.name for run in runs}
+        records: dict[str, list[dict[str, Any]]] = {}
+        for record in self._records():
+            arm = (
+                record["method"] if is_baseline(record) else of_digest.get(record["config_digest"])
+            )
+            if is_baseline(record) and record["config_digest"] != self.scale.base.digest:
+                continue
+            if arm is not None:
+                records.setdefault(arm, []).append(record)
+        arms = experiment.arms(self.scale.learners)
+        baselines = [Arm(method, ()) for method in records if method not in of_digest.values()]
+        rows = rows_of([*baselines.values(), *arms], records)
+        judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
+        data, base = self.splits.name, self.scale.base
+        values = [values_of(experiment, row, data, base) for row in rows]
+        stem = self.folder / f"{name}-{data.replace(' ', '-')}-{self.scale_name}"
+        files = [stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")]
+        missing = len(self.missing(runs))
+        text = [
+            f"# {name}: {experiment.title}",
+            f"{data}; the paper's column is of {' and '.join(experiment.benchmarks)}. "
+            "%; ours with the 95 % interval over seeds and queries.",
+            markdown(values),
+            *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
+            f"{missing} of {len(runs)} runs are missing." if missing else "",
+            "Cut from the paper's setting: "
+            + ("; ".join(self.cuts(experiment)) or "nothing")
+            + ".",
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(files[0], "\n\n".join(part for part in text if part) + "\n")
+        replace_text(files[1], csv_text(values))
+        folders = {
+            row.arm.name: self.folder / "runs" / row.found.record["config_digest"]
+            for row in rows
+            if row.found is not None and row.arm.settings
+        }
+        picture = stem.with_name(f"{stem.name}.png")
+        if draw(experiment, values, folders, self.splits, picture, self.console):
+            files.append(picture)
+        return Outcome(rows, judged, missing, files)
+
+    def cuts(self, experiment: Experiment) -> list[str]:
+        """Where this scale is smaller than the paper, on these images."""
+        found = cuts(self.scale.base)
+        ours = {arm.name for arm in experiment.arms(self.scale.learners)}
+        paper = {arm.name for arm in experiment.arms(8)}
+        if gone := sorted(paper - ours):
+            found.append(f"{', '.join(gone)} -> {', '.join(sorted(ours - paper))}")
+        return found
+
+    def speed(self) -> float:
+        """GFLOP a second of a step of a small network, measured."""
+        base = self.scale.base
+        device = choose_device(base.device)
+        precision = choose_precision(base.precision, device)
+        config = base.with_overrides(["model.num_learners=2", "model.embedding_dim=2"])
+        model = build_model(config).to(device)
+        side, images = config.data.crop, 8
+        pixels = torch.zeros(images, 3, side, side, device=device)
+        labels = torch.arange(images, device=device) // 2
+
+        def step() -> float:
+            started = time.perf_counter()
+            with autocast(device, precision):
+                embeddings = model(pixels)
+            ensemble_loss(embeddings, labels).total.backward()
+            next(model.parameters()).sum().item()  # waits for a GPU
+            return time.perf_counter() - started
+
+        seconds = statistics.median([step() for _ in range(4)][1:])
+        return 6 * count_macs(model, side) * images / 1e9 / seconds
+
+    def _records(self) -> list[dict[str, Any]]:
+        """The lines of these images."""
+        found = read_records(self.results) if self.results.exists() else []
+        return [
+            record
+            for record in found
+            if "hits@1" in record["scores"] and record["images_digest"] == self.splits.digest
+        ]
+
+    def _gflop(self, config: Config) -> float:
+        with torch.device("meta"):
+            macs = count_macs(build_model(config), config.data.crop)
+        train = config.train
+        evaluations = train.steps // train.eval_every + 1
+        images = 3 * train.steps * train.batch_size + evaluations * len(self.splits.select)
+        gallery = 0 if self.splits.gallery is None else len(self.splits.gallery)
+        return 2 * macs * (images + len(self.splits.test) + gallery) / 1e9
+
+
+def reproduce(
+    reproduction: Reproduction,
+    experiments: Mapping[str, Experiment],
+    *,
+    budget: float | None,
+    go_on: str,
+    show: Callable[[str, Outcome], None],
+) -> bool:
+    """Run what is missing of some experiments, and write and show what there is of each.
+
+    Returns:
+        Whether it went on to its end or to that of its budget; False if a signal stopped it.
+    """
+    began = time.monotonic()
+    reproduction.score_baselines()
+    going = True
+    for name, experiment in experiments.items():
+        if going:
+            left = None if budget is None else budget - (time.monotonic() - began)
+            missing = reproduction.missing(reproduction.plan(experiment))
+            going = reproduction.train(missing, left, go_on)
+        show(name, reproduction.write(name, experiment))
+    return going
+
+
+def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -> Table:
+    """What there is to run, and how long it takes at the speed that is measured now."""
+    speed = reproduction.speed()
+    table = Table("experiment", "run", "rate", "seed", "about", box=None, pad_edge=False)
+    total = 0.0
+    listed: set[str] = set()
+    for name, experiment in experiments.items():
+        for run in reproduction.missing(reproduction.plan(experiment)):
+            if run.config.digest in listed:
+                continue
+            listed.add(run.config.digest)
+            seconds = run.gflop / speed
+            total += seconds
+            rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)
+            table.add_row(name, run.arm.name, rate, seed, _minutes(seconds))
+    table.caption = f"{len(listed)} runs, about {_minutes(total)} in all"
+    return table
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

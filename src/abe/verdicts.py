@@ -1,0 +1,318 @@
+"""What records say of an experiment: its rows beside the paper's, and a verdict on each claim.
+
+Everything derives from lines of `runs.jsonl` and the paper's tables; nothing is run here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from abe.config import Config
+from abe.experiments import (
+    EXPERIMENTS,
+    SIMILAR,
+    Arm,
+    Claim,
+    Experiment,
+    Quantity,
+    Scale,
+    full,
+    small,
+)
+from abe.intervals import Interval, bootstrap, exceeds, is_within, unpack
+from abe.model.summary import count_macs
+from abe.paper import table_rows
+from abe.results import Summary, data_title, differing, flatten, is_baseline, summarize
+from abe.start import build_model
+
+MIN_SEEDS = 3  # below that a claim is left open
+OPEN = "open"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm and what its runs found; None where there is no run yet."""
+
+    arm: Arm
+    found: Summary | None
+
+    def samples(self, quantity: Quantity) -> dict[int, NDArray[np.float64]]:
+        """What a quantity is the mean of: seed -> values, of each query if there are such."""
+        runs = () if self.found is None else self.found.runs
+        return {record["seed"]: _values(record, quantity) for record in runs if _has(record)}
+
+    def interval(self) -> Interval | None:
+        """Of Recall@1, over seeds and queries."""
+        samples = self.samples("recall@1")
+        return bootstrap(np.stack(list(samples.values()))) if samples else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim, the difference that it is about with its interval, and what follows."""
+
+    claim: Claim
+    difference: Interval | None
+    seeds: int
+    verdict: str
+
+    @property
+    def shown(self) -> str:
+        """The difference in points of Recall@1, or of cosine: "+1.0 [-0.2, +2.2], 3 seeds"."""
+        if self.difference is None:
+            return ""
+        unit, digits = (100, 1) if "recall" in self.claim.quantity else (1, 2)
+        d = self.difference
+        mean, low, high = (f"{unit * end:+.{digits}f}" for end in (d.mean, d.low, d.high))
+        return f"{mean} [{low}, {high}], {self.seeds} seed" + "s" * (self.seeds > 1)
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (str(self.claim), self.shown, self.verdict) if part)
+
+
+def _has(record: Mapping[str, Any]) -> bool:
+    """Whether a record holds what intervals are made of; lines of early versions do not."""
+    return "hits@1" in record["scores"]
+
+
+def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
+    scores = record["scores"]
+    if quantity == "recall@1":
+        return unpack(scores["hits@1"]).astype(np.float64)
+    if quantity == "learners' recall@1":
+        return np.array([np.mean([learner["recall@1"] for learner in scores["learners"]])])
+    cosine = scores["similarity"]["self"]
+    return np.array([np.nan if cosine is None else cosine])
+
+
+def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]) -> list[Row]:
+    """Each arm with its records, by its name, at the rate that held-out classes choose."""
+    rows = []
+    for arm in arms:
+        # The rate is chosen among runs that intervals can be made of.
+        summaries = summarize(record for record in records.get(arm.name, ()) if _has(record))
+        rows.append(Row(arm, summaries[-1] if summaries else None))
+    return rows
+
+
+def judge(claim: Claim, rows: Iterable[Row]) -> Judged:
+    """The verdict on a claim: by seeds and queries in pairs, if there are `MIN_SEEDS`."""
+    by_name = {row.arm.name: row.samples(claim.quantity) for row in rows}
+    more, less = by_name.get(claim.more, {}), by_name.get(claim.less, {})
+    seeds = sorted(more.keys() & less.keys())
+    if not seeds:
+        return Judged(claim, None, 0, NOT_RUN)
+    difference = bootstrap(np.stack([more[seed] - less[seed] for seed in seeds]))
+    if len(seeds) < MIN_SEEDS:
+        verdict = f"{OPEN}, {MIN_SEEDS} seeds decide"
+    elif claim.similar:
+        verdict = is_within(difference, SIMILAR)
+    else:
+        verdict = exceeds(difference)
+    return Judged(claim, difference, len(seeds), verdict)
+
+
+def paper_row(experiment: Experiment, arm: Arm, data: str) -> dict[str, Any]:
+    """The paper's figures of an arm: of CUB where `data` is called so, else of its cars."""
+    rows = table_rows(experiment.table) if experiment.table else []
+    (row,) = [row for row in rows if row["method"] == arm.paper] or [{}]
+    own, other = ("CUB_", "CARS_") if "cub" in data.lower() else ("CARS_", "CUB_")
+    return {
+        key.removeprefix(own): value
+        for key, value in row.items()
+        if key != "method" and not key.startswith(other)
+    }
+
+
+def costs(config: Config) -> tuple[int, int]:
+    """Parameters of a network, and multiply-accumulates at 224 px as the paper counts them."""
+    with torch.device("meta"):
+        model = build_model(config)
+        return sum(p.numel() for p in model.parameters()), count_macs(model)
+
+
+def values_of(experiment: Experiment, row: Row, data: str, base: Config) -> dict[str, Any]:
+    """All figures of a row, ours and the paper's, by the names of a CSV file's columns."""
+    values: dict[str, Any] = {"method": row.arm.name}
+    if row.found is not None:
+        record, interval = row.found.record, row.interval()
+        assert interval is not None
+        values |= {
+            "seeds": row.found.seeds,
+            "rate": None if is_baseline(record) else record["config"]["train"]["lr"],
+            "rates tried": 0 if is_baseline(record) else len(row.found.rates),
+            "recall@1 low": interval.low,
+            "recall@1 high": interval.high,
+            **row.found.scores,
+            "runs": " ".join(record["config_digest"] for record in row.found.runs),
+        }
+    if row.arm.settings:
+        parameters, macs = costs(base.with_overrides(row.arm.settings))
+        values |= {"parameters": parameters, "MACs": macs}
+    return values | {f"paper {k}": v for k, v in paper_row(experiment, row.arm, data).items()}
+
+
+def csv_text(values: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file with a column for every figure that any row has."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in values for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(values)
+    return text.getvalue()
+
+
+def markdown(values: Sequence[Mapping[str, Any]]) -> str:
+    """The table that is shown: our scores in percent, and behind each the paper's, if any."""
+    ks = [name for name in dict.fromkeys(n for row in values for n in row) if _is_recall(name)]
+    columns = {"method": "method", "seeds": "seeds", "rate": "rate"}
+    for name in [*ks, "learner recall@1", "learner cosine", "parameters", "MACs"]:
+        theirs = f"paper {_in_paper(name)}"
+        if any(name in row for row in values):
+            columns[name] = name.replace("recall@", "R@")
+        if any(theirs in row for row in values):
+            columns[theirs] = "paper's"
+    lines = [
+        f"| {' | '.join(columns.values())} |",
+        f"|---|{'--:|' * (len(columns) - 1)}",
+    ]
+    lines += [f"| {' | '.join(_cell(row, name) for name in columns)} |" for row in values]
+    return "\n".join(lines)
+
+
+def _is_recall(name: str) -> bool:
+    return name.startswith("recall@") and name.removeprefix("recall@").isdigit()
+
+
+def _in_paper(name: str) -> str:
+    """What the paper's tables call a column of ours."""
+    known = {"parameters": "params_1e7", "MACs": "macs_1e9"}
+    return known.get(name, name.replace("learner recall@", "learner_R@").replace("recall@", "R@"))
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if name == "recall@1":
+        return (
+            f"{100 * value:.1f} [{100 * row['recall@1 low']:.1f}, {100 * row['recall@1 high']:.1f}]"
+        )
+    if "recall@" in name:
+        return f"{100 * value:.1f}"
+    if name == "learner cosine":
+        return f"{value:.2f}"
+    if name == "parameters":
+        return f"{value / 1e7:.2f}e7"
+    if name == "MACs":
+        return f"{value / 1e9:.2f}e9"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def cuts(base: Config) -> list[str]:
+    """Where what runs begin from differs from the paper's setting: "train.steps 10000 -> 120"."""
+    settings = [flatten(full().base.portable()), flatten(base.portable())]
+    names = [name for name in differing(settings) if name != "recipe"]
+    return [f"{name} {settings[0].get(name)} -> {settings[1].get(name)}" for name in names]
+
+
+def results_page(records: Iterable[dict[str, Any]]) -> str:
+    """docs/results.md: each claim of each experiment on the images that it was tried on."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if not is_baseline(record):
+            key = [record["data"], record.get("images_digest"), record["config"]["data"]]
+            groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
+    lines = [_PAGE_HEAD]
+    for name, experiment in EXPERIMENTS.items():
+        section: list[str] = []
+        for group in groups.values():
+            for scale_name, scale in _scales(group[0]).items():
+                section += _judged_lines(experiment, scale_name, scale, group)
+        if not section:
+            command = f"abe reproduce {name} --scale small --data FOLDER"
+            section = [f"| every claim | | | not run here: `{command}` | |"]
+        lines += [f"\n## {name}: {experiment.title}\n", _CLAIMS_HEAD, *section]
+    return "\n".join(lines) + "\n"
+
+
+_PAGE_HEAD = """# Results
+
+Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and from
+nothing else. A claim is the paper's, of its own images and setting; the figures are ours, of the
+setting in the same line: the difference of the two means in points of Recall@1 (or of cosine) with
+its 95 % interval over queries and seeds in pairs. Shown: all of the interval is above 0, or for
+what is said to be similar within 2 points. Refuted: all of it is on the other side. Fewer than 3
+seeds leave a claim open."""
+_CLAIMS_HEAD = "| claim | setting | difference | verdict | runs |\n|---|---|---|---|---|"
+
+
+def _scales(record: dict[str, Any]) -> dict[str, Scale]:
+    """What the record's run may have begun from, with the images it had."""
+    return {"full": full(), "small": small(record["config"]["data"]["source"] != "synthetic")}
+
+
+def _judged_lines(
+    experiment: Experiment, scale_name: str, scale: Scale, records: Sequence[dict[str, Any]]
+) -> list[str]:
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_key.setdefault(_key(Config.from_json(record["config"])), []).append(record)
+    data = Config.from_json(records[0]["config"]).data
+    own: dict[str, list[dict[str, Any]]] = {}
+    for arm in experiment.arms(scale.learners):
+        config = scale.base.with_overrides(arm.settings).model_copy(update={"data": data})
+        own[arm.name] = by_key.get(_key(config), [])
+    rows = rows_of(experiment.arms(scale.learners), own)
+    lines = []
+    for claim in experiment.claims(scale.learners):
+        judged = judge(claim, rows)
+        if judged.difference is None:
+            continue
+        runs = [
+            record
+            for row in rows
+            if row.arm.name in (claim.more, claim.less) and row.found
+            for record in row.found.runs
+        ]
+        setting, stamps = _setting(scale_name, runs[0]), _stamps(runs)
+        lines.append(f"| {claim} | {setting} | {judged.shown} | **{judged.verdict}** | {stamps} |")
+    return lines
+
+
+def _key(config: Config) -> str:
+    """What runs of one arm have in common: all that decides a result but for rate and seed."""
+    settings = flatten(config.portable())
+    for name in ("seed", "train.lr", "recipe", "model.weights"):
+        del settings[name]
+    return json.dumps(settings, sort_keys=True)
+
+
+def _setting(scale: str, record: dict[str, Any]) -> str:
+    config = record["config"]
+    train = config["train"]
+    return (
+        f"{data_title(record['data'])}, `{scale}`: {train['steps']} steps of {train['batch_size']} "
+        f"at {config['data']['crop']} px"
+    )
+
+
+def _stamps(records: Sequence[dict[str, Any]]) -> str:
+    """Which configurations, code, weights and images figures are from."""
+    digests = " ".join(dict.fromkeys(f"`{record['config_digest']}`" for record in records))
+    commits = ", ".join(dict.fromkeys(str(r["environment"]["commit"]) for r in records))
+    weights = ", ".join(
+        dict.fromkeys(r["weights"]["sha256"][:12] if r["weights"] else "none" for r in records)
+    )
+    images = ", ".join(dict.fromkeys(str(r.get("images_digest")) for r in records))
+    return f"{digests}; code {commits}; weights {weights}; images {images}"
