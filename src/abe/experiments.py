@@ -242,7 +242,7 @@ _LOSSES = {
 def _losses(most: int) -> tuple[Arm, ...]:
     arms = []
     for network in (abe(most), heads(1)):
-        balanced = (*network.settings, "train.normalization=balanced")
+        balanced = (*network.settings, "train.normalization=balanced", "train.sampler=classes")
         printed = (*network.settings, *_AS_PRINTED)
         arms += [
             Arm(f"{network.name}, Eq. 10 balanced", balanced),

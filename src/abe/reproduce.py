@@ -177,17 +177,17 @@ class Reproduction:
         """The table, its verdicts and its picture, of the lines that there are."""
         runs = self.plan(experiment)
         of_digest = {run.config.digest: run.arm.name for run in runs}
+        of_baselines = self.scale.base.digest
         records: dict[str, list[dict[str, Any]]] = {}
+        baselines: dict[str, Arm] = {}
         for record in self._records():
-            arm = (
-                record["method"] if is_baseline(record) else of_digest.get(record["config_digest"])
-            )
-            if is_baseline(record) and record["config_digest"] != self.scale.base.digest:
-                continue
-            if arm is not None:
-                records.setdefault(arm, []).append(record)
+            digest = record["config_digest"]
+            if not is_baseline(record) and digest in of_digest:
+                records.setdefault(of_digest[digest], []).append(record)
+            elif is_baseline(record) and digest == of_baselines:
+                baselines[record["method"]] = Arm(record["method"], ())
+                records[record["method"]] = [record]
         arms = experiment.arms(self.scale.learners)
-        baselines = [Arm(method, ()) for method in records if method not in of_digest.values()]
         rows = rows_of([*baselines.values(), *arms], records)
         judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
         data, base = self.splits.name, self.scale.base

@@ -1,0 +1,74 @@
+"""Intervals cover what they should, pair what is paired, and verdicts follow from them."""
+
+import numpy as np
+import pytest
+
+from abe.intervals import Interval, bootstrap, exceeds, is_within, pack, unpack
+
+
+def test_bootstrap_is_that_of_loops() -> None:
+    values = np.random.default_rng(0).random((3, 7))
+    found = bootstrap(values)
+    generator = np.random.default_rng(1)
+    means = []
+    for _ in range(2000):
+        seeds, queries = generator.integers(3, size=3), generator.integers(7, size=7)
+        means.append(np.mean([[values[s, q] for q in queries] for s in seeds]))
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        seeds = 0.05 * generator.standard_normal((8, 1))
+        queries = 0.2 * generator.standard_normal((1, 100))
+        found = bootstrap(0.5 + seeds + queries + 0.1 * generator.standard_normal((8, 100)))
+        covered += found.low <= 0.5 <= found.high
+    assert 0.85 <= covered / 200 <= 0.99
+
+
+def test_one_seed_and_many_queries_go_in_blocks() -> None:
+    hits = np.random.default_rng(0).random((1, 60_000)) < 0.3
+    found = bootstrap(hits)
+    spread = np.sqrt(0.3 * 0.7 / 60_000)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+
+
+def test_differences_of_pairs_are_surer_than_those_of_strangers() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.random((1, 500))
+    one, other = (generator.random((3, 500)) * 0.2 + hard < level for level in (0.5, 0.55))
+    paired = bootstrap(other.astype(float) - one)
+    apart = bootstrap(other.astype(float) - np.roll(one, 250, axis=1))
+    assert paired.high - paired.low < 0.7 * (apart.high - apart.low)
+    assert exceeds(paired) == "shown"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "more", "similar"),
+    [
+        (0.01, 0.03, "shown", "not shown"),
+        (0.03, 0.05, "shown", "refuted"),
+        (-0.01, 0.01, "not shown", "shown"),
+        (-0.05, -0.03, "refuted", "refuted"),
+        (-0.05, 0.05, "not shown", "not shown"),
+    ],
+)
+def test_verdicts(low: float, high: float, more: str, similar: str) -> None:
+    difference = Interval((low + high) / 2, low, high)
+    assert exceeds(difference) == more
+    assert is_within(difference, 0.02) == similar
+
+
+@pytest.mark.parametrize("count", [1, 8, 3043])
+def test_packed_hits_come_back(count: int) -> None:
+    hits = np.random.default_rng(0).random(count) < 0.5
+    assert np.array_equal(unpack(pack(hits)), hits)
+
+
+def test_hits_that_were_cut_off_are_no_hits() -> None:
+    packed = pack(np.ones(20, dtype=bool)) | {"queries": 30}
+    with pytest.raises(ValueError, match="3 bytes for 30 queries"):
+        unpack(packed)

@@ -1,0 +1,346 @@
+"""Tables and figures of the paper: what is run, what is not run again, and what follows from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from abe.data.benchmarks import find_benchmark
+from abe.errors import InputError
+from abe.experiments import EXPERIMENTS, Claim, full, get_experiments, small
+from abe.intervals import pack
+from abe.paper import table_rows
+from abe.results import read_records, result_record
+from abe.runtime import seconds_of
+from abe.verdicts import cuts, judge, markdown, paper_row, results_page, rows_of, values_of
+
+ABE = str(Path(sys.executable).with_name("abe"))
+ROOT = Path(__file__).parents[1]
+TINY = [
+    f"--set={setting}"
+    for setting in (
+        "device=cpu",
+        "precision=fp32",
+        "tracking=none",
+        "model.weights=none",
+        "data.synthetic_classes=8",
+        "data.synthetic_images=4",
+        "data.resize=40",
+        "data.crop=32",
+        "data.val_classes=0.5",
+        "train.batch_size=8",
+        "train.steps=2",
+        "train.eval_every=1",
+    )
+]
+SCALES = {"full": full(), "photographs": small(True), "vehicles": small(False)}
+
+
+def arguments(name: str, *more: str) -> list[str]:
+    return [ABE, "reproduce", name, *TINY, "--rate=0.01", "--seeds=2", *more]
+
+
+def reproduce(folder: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments(name, *more), cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def trained(done: subprocess.CompletedProcess[str]) -> int:
+    return done.stderr.count("on the first batch")
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "results/runs.jsonl").read_text().splitlines()
+
+
+def colours(picture: Path) -> int:
+    """How many a picture has: something is drawn in it."""
+    with Image.open(picture) as image:
+        return len(image.convert("RGB").getcolors(2**24) or [])
+
+
+@pytest.fixture(scope="module")
+def table2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("table 2")
+    done = reproduce(folder, "table2")
+    assert done.returncode == 0, done.stderr
+    assert trained(done) == 4
+    assert "85.2" in done.stdout  # the paper's
+    return folder
+
+
+# --- What is compared ---
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_arms_are_configurations_and_claims_are_of_arms(name: str, scale: str) -> None:
+    experiment, chosen = EXPERIMENTS[name], SCALES[scale]
+    arms = experiment.arms(chosen.learners)
+    digests = {chosen.base.with_overrides(arm.settings).digest for arm in arms}
+    assert len(digests) == len(arms) == len({arm.name for arm in arms})
+    for claim in experiment.claims(chosen.learners):
+        assert {claim.more, claim.less} <= {arm.name for arm in arms}
+    for benchmark in experiment.benchmarks:
+        find_benchmark(benchmark)
+
+
+@pytest.mark.parametrize("name", [n for n, e in EXPERIMENTS.items() if e.table])
+def test_every_row_of_ours_in_the_papers_tables_stands_beside_ours(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    assert experiment.table is not None
+    known = {arm.paper for arm in experiment.arms(8)}
+    rows = {row["method"] for row in table_rows(experiment.table)}
+    assert known <= rows
+    if name != "fig4":
+        assert {m for m in rows if m.startswith("ABE") or "-head" in m or "-tail" in m} == known
+
+
+def test_columns_of_cub_and_of_cars() -> None:
+    arm = next(a for a in EXPERIMENTS["table4"].arms(8) if a.name == "ABE-8^512")
+    assert paper_row(EXPERIMENTS["table4"], arm, "cub200-2010")["R@1"] == 60.6
+    assert paper_row(EXPERIMENTS["table4"], arm, "cars196")["R@1"] == 85.2
+
+
+def test_the_papers_setting_is_cut_nowhere_and_small_says_where() -> None:
+    assert cuts(full().base) == []
+    assert "train.steps 10000 -> 120" in cuts(small(True).base)
+    assert "data.crop 224 -> 96" in cuts(small(True).base)
+
+
+def test_fig7_is_three_panels_and_unknown_names_have_a_neighbour() -> None:
+    assert list(get_experiments("fig7")) == ["fig7a", "fig7b", "fig7c"]
+    assert list(get_experiments("table1")) == ["table1"]
+    with pytest.raises(InputError, match="did you mean 'table2'"):
+        get_experiments("tabel2")
+
+
+# --- What follows from it ---
+
+
+def record(arm: Any, seed: int, hits: Any, cosine: float = 0.5, rate: float = 0.01) -> Any:
+    scale = small(True)
+    config = scale.base.with_overrides(
+        [*arm.settings, f"seed={seed}", f"train.lr={rate}", "data.source=birds"]
+    )
+    recall = float(np.mean(hits))
+    found = result_record(
+        config,
+        scores={
+            "ensemble": {"recall@1": recall, "recall@2": recall, "map@r": 0.1},
+            "learners": [{"recall@1": recall - 0.1}] * config.model.num_learners,
+            "similarity": {"self": cosine},
+            "hits@1": pack(np.asarray(hits)),
+        },
+        best=None,
+        data={"name": "birds", "skipped": 0, "test_images": len(hits), "test_classes": 2}
+        | {"train_classes": 2, "select_classes": 2},
+        weights={"source": "start", "sha256": "0123456789abcdef"},
+        environment={"commit": "c0ffee"},
+        images_digest="1" * 12,
+    )
+    return found | {"selected_step": 1, "selection_recall@1": recall}
+
+
+def better_and_worse(seeds: int) -> dict[str, list[Any]]:
+    better, worse = EXPERIMENTS["table2"].arms(4)
+    generator = np.random.default_rng(0)
+    found: dict[str, list[Any]] = {better.name: [], worse.name: []}
+    for seed in range(seeds):
+        hits = generator.random(400) < 0.5
+        found[better.name].append(record(better, seed, hits | (generator.random(400) < 0.3), 0.2))
+        found[worse.name].append(record(worse, seed, hits, 0.9))
+    return found
+
+
+def test_three_seeds_decide_a_claim() -> None:
+    arms, (claim, alike) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    records = better_and_worse(3)
+    rows = rows_of(arms, records)
+    shown = judge(claim, rows)
+    difference = np.mean([r["scores"]["ensemble"]["recall@1"] for r in records[arms[0].name]])
+    difference -= np.mean([r["scores"]["ensemble"]["recall@1"] for r in records[arms[1].name]])
+    assert (shown.verdict, shown.seeds) == ("shown", 3)
+    assert shown.difference is not None
+    assert shown.difference.mean == pytest.approx(difference)
+    assert judge(alike, rows).shown == "+0.70 [+0.70, +0.70], 3 seeds"
+    assert judge(Claim(claim.less, claim.more), rows).verdict == "refuted"
+    assert judge(replace(claim, similar=True), rows).verdict == "refuted"
+    assert judge(claim, rows_of(arms, better_and_worse(2))).verdict == "open, 3 seeds decide"
+    assert judge(claim, rows_of(arms, {})).verdict == "not run"
+
+
+def test_rates_are_chosen_by_held_out_classes_and_lines_without_hits_do_not_count() -> None:
+    arm = EXPERIMENTS["table2"].arms(4)[0]
+    low = record(arm, 0, [True, False, False, False], rate=0.003) | {"selection_recall@1": 0.9}
+    high = record(arm, 0, [True, True, True, False], rate=0.01) | {"selection_recall@1": 0.1}
+    old = record(arm, 1, [True] * 4, rate=0.003)
+    del old["scores"]["hits@1"]
+    (row,) = rows_of([arm], {arm.name: [low, high, old]})
+    assert row.found is not None
+    values = values_of(EXPERIMENTS["table2"], row, "birds", small(True).base)
+    assert (values["recall@1"], values["rate"], values["seeds"]) == (0.25, 0.003, 1)
+    assert values["rates tried"] == 2
+    assert (values["parameters"], values["paper R@1"]) == (10_513_280, 85.2)
+    assert "| 25.0 [0.0, 75.0] | 85.2 |" in markdown([values])
+
+
+def test_the_page_says_of_each_claim_what_it_is_from() -> None:
+    found = better_and_worse(3)
+    page = results_page([r for runs in found.values() for r in runs])
+    claim = str(EXPERIMENTS["table2"].claims(4)[0])
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {claim} |")]
+    assert "**shown**" in line
+    for stamp in ("birds, `small`: 120 steps of 64 at 96 px", "c0ffee", "0123456789ab", "1" * 12):
+        assert stamp in line
+    for runs in found.values():
+        assert all(f"`{r['config_digest']}`" in line for r in runs)
+    assert "not run here: `abe reproduce table6" in page
+
+
+def test_docs_results_is_made_of_the_results() -> None:
+    page = results_page(read_records(ROOT / "results/runs.jsonl"))
+    told = "abe results results/runs.jsonl --page docs/results.md"
+    assert (ROOT / "docs/results.md").read_text() == page, f"stale: {told}"
+
+
+# --- What is run ---
+
+
+@pytest.mark.slow
+def test_a_table_is_written_and_not_run_again(table2: Path) -> None:
+    stem = table2 / "reproduced/table2-synthetic-vehicles-small"
+    table = stem.with_suffix(".md").read_text()
+    assert "open, 3 seeds decide" in table
+    assert "train.steps 10000 -> 2" in table
+    rows = list(csv.DictReader(stem.with_suffix(".csv").read_text().splitlines()))
+    assert [row["method"] for row in rows][-2:] == ["ABE-4^512", "ABE-4^512 without L_div"]
+    records = [json.loads(line) for line in lines(table2)]
+    own = [r for r in records if r["config_digest"] in rows[-1]["runs"].split()]
+    mean = np.mean([r["scores"]["ensemble"]["recall@1"] for r in own])
+    assert (len(own), float(rows[-1]["recall@1"])) == (2, pytest.approx(mean))
+    assert colours(stem.with_suffix(".png")) > 50
+
+    before = lines(table2)
+    again = reproduce(table2, "table2")
+    assert (trained(again), lines(table2)) == (0, before)
+    assert stem.with_suffix(".md").read_text() == table
+
+
+@pytest.mark.slow
+def test_a_line_that_was_removed_is_run_alone(table2: Path) -> None:
+    before = lines(table2)
+    gone = json.loads(before[-2])
+    (table2 / "results/runs.jsonl").write_text("\n".join([*before[:-2], before[-1]]) + "\n")
+    listed = reproduce(table2, "table2", "--dry-run")
+    assert "1 runs" in listed.stdout
+    done = reproduce(table2, "table2")
+    assert done.returncode == 0, done.stderr
+    assert len(lines(table2)) == len(before)
+    new = json.loads(lines(table2)[-1])
+    assert new["config_digest"] == gone["config_digest"]
+    assert new["scores"] == gone["scores"]
+
+
+@pytest.mark.slow
+def test_a_budget_begins_nothing_that_would_end_later(tmp_path: Path) -> None:
+    done = reproduce(tmp_path, "table2", "--budget=0s")
+    assert (done.returncode, trained(done)) == (0, 0)
+    assert "4 runs are not begun" in done.stderr
+    assert "4 of 4 runs are missing" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_table_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
+    longer = [*arguments("table2", "--seeds=1"), "--set=train.steps=40"]
+    process = subprocess.Popen(longer, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if len([x for x in seen if x.startswith("step     10 ")]) == 2:  # of the second run
+            process.send_signal(stop)
+            break
+    process.communicate(timeout=100)
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
+    finished = lines(tmp_path)
+    assert len(finished) == 2  # raw pixels, and the first run
+    done = subprocess.run(longer, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert trained(done) == 0  # the second one goes on where it was
+    assert lines(tmp_path)[:2] == finished
+    assert len(lines(tmp_path)) == 3
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    subprocess.run(longer, cwd=whole, capture_output=True, timeout=300, check=True)
+    assert json.loads(lines(tmp_path)[-1])["scores"] == json.loads(lines(whole)[-1])["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fig5", "fig6"])
+def test_pictures_are_drawn_of_the_runs(table2: Path, name: str) -> None:
+    done = reproduce(table2, name)
+    assert done.returncode == 0, done.stderr
+    assert colours(table2 / f"reproduced/{name}-synthetic-vehicles-small.png") > 50
+
+
+@pytest.mark.slow
+def test_a_picture_of_runs_that_are_elsewhere_is_not_drawn(table2: Path) -> None:
+    done = reproduce(table2, "fig6", "--out=other")
+    assert done.returncode == 0, done.stderr
+    assert "fig6-synthetic-vehicles-small.png needs the run folders of ABE-4^512" in done.stderr
+    assert not list((table2 / "other").glob("*.png"))
+
+
+def test_fig4_is_drawn_of_figures_alone(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from abe.report.reproduced import draw
+
+    experiment, base = EXPERIMENTS["fig4"], small(True).base
+    records = {arm.name: [record(arm, 0, [True, False] * 9)] for arm in experiment.arms(4)}
+    values = [
+        values_of(experiment, row, "birds", base) for row in rows_of(experiment.arms(4), records)
+    ]
+    path = tmp_path / "fig4.png"
+    assert draw(experiment, values, {}, None, path, Console(quiet=True))  # type: ignore[arg-type]
+    assert colours(path) > 50
+
+
+# --- What cannot be run ---
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["table9"], "there is no experiment 'table9'"),
+        (["table1", "--scale=full"], "--scale full needs photographs: --data cars196"),
+        (["table1", "--budget=soon"], "--budget soon: give a time such as 90s, 30m or 2h"),
+        (["table1", "--data=nowhere"], "nowhere"),
+    ],
+)
+def test_errors(tmp_path: Path, given: list[str], message: str) -> None:
+    done = subprocess.run(
+        [ABE, "reproduce", *given], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("0s", 0)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert seconds_of(text, "--budget") == seconds
