@@ -344,3 +344,17 @@ def test_errors(tmp_path: Path, given: list[str], message: str) -> None:
 )
 def test_times(text: str, seconds: float) -> None:
     assert seconds_of(text, "--budget") == seconds
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_table(tmp_path: Path) -> None:
+    both = [
+        subprocess.Popen(arguments("table3"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [text.count("on the first batch") for text in said] in ([1, 3], [2, 2], [3, 1])
+    done = reproduce(tmp_path, "table3")
+    assert trained(done) == 0
+    assert "runs are missing" not in done.stdout

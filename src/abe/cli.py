@@ -401,7 +401,7 @@ def reproduce(
     allow_partial: AllowPartial = False,
     overrides: Overrides = None,
 ) -> None:
-    """Run a table or figure of the paper on your images, and set it beside the paper's.
+    """Repeat a table or figure of the paper on your images.
 
     Every row has the same steps and chooses its rate by held-out classes. An interrupted or
     exhausted budget goes on when the same command is given again; rows that the results file has

@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause."""
+"""The errors that a user's input can cause."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the file or key and says what to do about it. The command line prints the
     message alone and exits with status 2; a library caller catches it as a `ValueError`.
     """
+
+
+class TakenError(InputError):
+    """Another process has what this one was to work on."""

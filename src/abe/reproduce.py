@@ -21,6 +21,7 @@ from rich.table import Table
 from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.data.splits import Splits, open_splits
+from abe.errors import TakenError
 from abe.evaluate import evaluate_baselines
 from abe.experiments import Arm, Experiment, Scale
 from abe.losses import ensemble_loss
@@ -120,6 +121,8 @@ class Reproduction:
     def train(self, runs: Sequence[Run], budget: float | None, go_on: str) -> bool:
         """Train one after the other, and add a line for each.
 
+        Several processes may be at it: what one has begun the others leave to it.
+
         Args:
             runs: what is missing.
             budget: seconds; a run that is expected to end after them is not begun.
@@ -144,6 +147,8 @@ class Reproduction:
                         f"the budget are left: {len(runs) - number + 1} runs are not begun"
                     )
                     break
+            if not self.missing([run]):
+                continue  # another process has done it meanwhile
             config = run.config
             self.console.rule(
                 f"{number} of {len(runs)}: {run.arm.name}, rate {config.train.lr:g}, "
@@ -152,12 +157,16 @@ class Reproduction:
             started = time.monotonic()
             folder = self.folder / "runs" / config.digest
             begun = bool(checkpoints(folder))
-            trainer = (
-                Trainer.resume(folder, self.console, device=config.device)
-                if begun
-                else Trainer(config, folder, self.console)
-            )
-            record = trainer.fit(go_on)
+            try:
+                trainer = (
+                    Trainer.resume(folder, self.console, device=config.device)
+                    if begun
+                    else Trainer(config, folder, self.console)
+                )
+                record = trainer.fit(go_on)
+            except TakenError:
+                self.console.print(f"{folder} is left to the process that trains it")
+                continue
             if record is None:
                 return False
             append_record(self.results, record)

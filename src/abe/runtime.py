@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import abe
-from abe.errors import InputError
+from abe.errors import InputError, TakenError
 
 Precision = Literal["fp32", "bf16"]
 
@@ -271,19 +271,19 @@ def locked(path: Path, taken: str) -> Iterator[BinaryIO]:
         taken: the message where another process, or another place in this one, has it.
 
     Raises:
-        InputError: it is taken.
+        TakenError: it is taken.
     """
     # POSIX lets a process lock a file again, and closing it there once gives up the first lock.
     own = os.path.realpath(path)
     if own in _locked_here:
-        raise InputError(taken)
+        raise TakenError(taken)
     _locked_here.add(own)
     try:
         with path.open("a+b") as file:
             try:
                 _lock(file)
             except (BlockingIOError, PermissionError):
-                raise InputError(taken) from None
+                raise TakenError(taken) from None
             except OSError as error:
                 warnings.warn(
                     f"{path} cannot be locked ({error.strerror}): see to it that no other process "
