@@ -136,8 +136,8 @@ def test_the_budget_is_that_of_all_trials_together(
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"base": SMALL.with_overrides(["train.steps=9"])}, "settings.train.steps"),
-        ({"base": SMALL.with_overrides(["data.source=elsewhere"])}, "settings.data.source, images"),
+        ({"base": SMALL.with_overrides(["train.steps=9"])}, "train.steps"),
+        ({"base": SMALL.with_overrides(["data.source=elsewhere"])}, "data.source, images"),
         ({"keys": ["train.lr"]}, "search"),
         ({"seed": 1}, "seed"),
     ],
@@ -198,7 +198,7 @@ def test_without_optuna(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         (
             '{"settings": {"train.lr": 99.0}, "digest": "", "selection_recall@1": 1, "seconds": 1, '
             '"state": "complete"}',
-            "line 2 is of no such sweep",
+            "line 2 is no trial of this sweep, correct or remove it: .*train.lr",
         ),
     ],
 )

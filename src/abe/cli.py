@@ -370,7 +370,9 @@ def sweep(
             help="Folder to work in. Default: runs/sweep-<recipe>-<digest of all settings>.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another one proposes other settings.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Another one proposes other settings.")
+    ] = 0,
 ) -> None:
     """Search learning rate, margin, divergence and normalisation.
 

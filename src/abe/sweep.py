@@ -201,7 +201,9 @@ def propose(
                 params=trial.settings, distributions=space, value=trial.selection_recall or 0.0
             )
         except ValueError as error:
-            raise InputError(f"{TRIALS}, line {number} is of no such sweep: {error}") from None
+            raise InputError(
+                f"{TRIALS}, line {number} is no trial of this sweep, correct or remove it: {error}"
+            ) from None
         study.add_trial(known)
     proposed: dict[str, float | str] = study.ask(dict(space)).params
     return proposed
@@ -302,11 +304,11 @@ def _require_same_sweep(file: Path, base: Config, keys: Sequence[str], seed: int
     if not file.exists():
         write_json(file, sweep)
         return
-    names = differing([flatten(read_json(file)), flatten(sweep)])
-    if names:
+    if names := differing([flatten(read_json(file)), flatten(sweep)]):
+        which = ", ".join(name.removeprefix("settings.") for name in names)
         raise InputError(
-            f"{file.parent} holds a sweep with another {', '.join(names)}: give the same settings "
-            "to go on with it, or another --folder"
+            f"{file.parent} holds a sweep with another {which}: give the same settings to go on "
+            "with it, or another --folder"
         )
 
 
