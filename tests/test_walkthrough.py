@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import blocks, run_python
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "walkthrough.md"
 PICTURE_BYTES = 60_000  # at most
-PICTURE_DIFFERENCE = 8  # of 255, on average: fonts and roundings differ between machines
+PICTURE_DIFFERENCE = 15  # of 255, on average: training rounds otherwise on another processor
 
 
 def page() -> str:
@@ -41,7 +42,7 @@ def page() -> str:
 
 @pytest.mark.slow
 def test_the_page_shows_what_its_code_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "docs" / "images"
@@ -65,5 +66,6 @@ def test_the_page_shows_what_its_code_makes(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     with contextlib.chdir(ROOT):
         PAGE.write_text(page(), encoding="utf-8")
