@@ -21,7 +21,16 @@ from abe.checkpoint import Best, checkpoints
 from abe.config import Config
 from abe.errors import InputError
 from abe.runtime import read_json, read_json_lines
-from abe.sweep import KEYS, Trial, best_trial, propose, read_trials, run_sweep, search_space
+from abe.sweep import (
+    KEYS,
+    Trial,
+    best_trial,
+    propose,
+    read_trials,
+    run_sweep,
+    search_space,
+    trials_table,
+)
 from abe.train import DivergedError, Trainer
 
 SILENT = Console(quiet=True)
@@ -109,6 +118,25 @@ def test_a_trial_that_diverges_is_a_line_and_never_the_best(quick: None, tmp_pat
     assert best_trial(done[:1]) is None
 
 
+def test_the_table_has_the_best_first_and_what_diverged_last() -> None:
+    trials = [
+        Trial(settings={"train.lr": lr}, digest="", selection_recall=recall, seconds=1, state=state)
+        for lr, recall, state in (
+            (30.0, None, "diverged"),
+            (0.1, 0.0, "complete"),
+            (0.01, 0.5, "complete"),
+        )
+    ]
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(trials_table(trials))
+    rows = [line.split() for line in console.export_text().splitlines()[3:6]]
+    assert rows == [
+        ["3", "0.01", "50.0", "1"],
+        ["2", "0.1", "0.0", "1"],
+        ["1", "30", "diverged", "1"],
+    ]
+
+
 # --- Going on ---
 
 
@@ -121,6 +149,15 @@ def test_done_trials_are_not_repeated_and_more_can_be_asked(quick: None, tmp_pat
     assert read_trials(tmp_path / "parts" / "trials.jsonl") == again
     line = read_json_lines(tmp_path / "parts" / "trials.jsonl")[0]
     assert list(line) == ["settings", "digest", "selection_recall@1", "seconds", "state"]
+
+
+def test_checkpoints_that_a_kill_left_of_a_done_trial_go(quick: None, tmp_path: Path) -> None:
+    (trial,) = run_sweep(SMALL, tmp_path, SILENT, trials=1)
+    left = tmp_path / f"001-{trial.digest}" / "checkpoints"
+    left.mkdir(parents=True)
+    run_sweep(SMALL, tmp_path, SILENT, trials=1)
+    assert not left.exists()
+    assert left.parent.exists()
 
 
 def test_the_budget_is_that_of_all_trials_together(
