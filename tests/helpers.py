@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def shorten(run: Path, *, steps: int) -> None:
     path = checkpoints(run)[-1]
     config = json.loads((path / "meta.json").read_text())["config"]
     forge(path, config=config | {"train": config["train"] | {"steps": steps}})
+
+
+# --- Pages whose code blocks run ---
+
+BLOCK = re.compile(
+    r"(?P<run>^<!-- test: run -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(page: Path) -> list[re.Match[str]]:
+    return list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+
+
+def run_python(block: re.Match[str], page: Path, namespace: dict[str, object]) -> None:
+    above = block.string.count("\n", 0, block.start("code"))  # so that errors name the line
+    exec(compile("\n" * above + block["code"], page, "exec"), namespace)
 
 
 # --- Embeddings whose order is hard to tell ---

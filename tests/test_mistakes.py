@@ -166,6 +166,14 @@ def trained(name: str = "birds") -> None:
     assert status == 0, output
 
 
+def swept() -> None:
+    """photos, and a sweep of them whose only trial took no step."""
+    photos()
+    command = "abe sweep photos --folder sweeps/birds --trials 1 --set train.steps=0"
+    status, output = typed(command, quick=True)
+    assert status == 0, output
+
+
 def unfinished() -> None:
     trained()
     Path("runs/birds/result.json").unlink()
@@ -552,6 +560,40 @@ MISTAKES = {
             "abe results runs/runs.jsonl --into README.md",
             "README.md: the text has no <!-- results:begin --> ... <!-- results:end -->",
             lambda: (trained(), text("README.md")()),
+        ),
+    ],
+    "A sweep": [
+        Mistake(
+            "A sweep that would look at the test images",
+            "abe sweep photos --set protocol=paper",
+            "protocol=paper selects by the test images.*: leave",
+            photos,
+        ),
+        Mistake(
+            "A setting that a sweep does not search",
+            "abe sweep photos --search train.steps",
+            "a sweep cannot search train.steps: choose among train.lr, ",
+            photos,
+        ),
+        Mistake(
+            "A budget without a unit",
+            "abe sweep photos --budget 2",
+            "--budget 2: write a number and s, m or h, as in 30m",
+            photos,
+        ),
+        Mistake(
+            "The folder of another sweep",
+            "abe sweep photos --folder sweeps/birds",
+            "sweeps/birds holds a sweep with another train.steps: give",
+            swept,
+            quick=True,
+        ),
+        Mistake(
+            "A broken line among the trials",
+            "abe sweep photos --folder sweeps/birds --set train.steps=0",
+            "sweeps/birds/trials.jsonl, line 1 is no trial of `abe sweep`: correct or remove it",
+            lambda: (swept(), text("sweeps/birds/trials.jsonl", "{}\n")()),
+            quick=True,
         ),
     ],
     "The command": [

@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from helpers import blocks, run_python
 
 from abe.results import markdown_table, replace_between, summarize
 from abe.runtime import read_json_lines
@@ -24,15 +25,6 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ABE = Path(sys.executable).with_name("abe")
 SHELLS = ("sh", "bash", "console")
-
-BLOCK = re.compile(
-    r"(?P<run>^<!-- test: run -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
-
-
-def blocks() -> list[re.Match[str]]:
-    return list(BLOCK.finditer(README.read_text(encoding="utf-8")))
 
 
 def shell_code(block: re.Match[str]) -> str:
@@ -44,7 +36,7 @@ def shell_code(block: re.Match[str]) -> str:
 
 
 def commands() -> Iterator[list[str]]:
-    for block in blocks():
+    for block in blocks(README):
         if block["language"] in SHELLS:
             for line in shell_code(block).splitlines():
                 words = shlex.split(line, comments=True)
@@ -97,10 +89,11 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{ABE.parent}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    assert any(block["language"] == "python" for block in blocks()), "README.md shows no Python"
-    for block in blocks():
+    assert any(block["language"] == "python" for block in blocks(README)), (
+        "README.md shows no Python"
+    )
+    for block in blocks(README):
         if block["language"] == "python":
-            above = block.string.count("\n", 0, block.start("code"))  # so that errors name the line
-            exec(compile("\n" * above + block["code"], README, "exec"), namespace)
+            run_python(block, README, namespace)
         elif block["run"]:
             subprocess.run(["bash", "-euo", "pipefail", "-c", shell_code(block)], check=True)

@@ -255,7 +255,7 @@ def test_a_line_that_was_removed_is_run_alone(table2: Path) -> None:
 
 @pytest.mark.slow
 def test_a_budget_begins_nothing_that_would_end_later(tmp_path: Path) -> None:
-    done = reproduce(tmp_path, "table2", "--budget=0s")
+    done = reproduce(tmp_path, "table2", "--budget=0.01s")
     assert (done.returncode, trained(done)) == (0, 0)
     assert "4 runs are not begun" in done.stderr
     assert "4 of 4 runs are missing" in done.stdout
@@ -327,7 +327,7 @@ def test_fig4_is_drawn_of_figures_alone(tmp_path: Path) -> None:
     [
         (["table9"], "there is no experiment 'table9'"),
         (["table1", "--scale=full"], "--scale full needs photographs: --data cars196"),
-        (["table1", "--budget=soon"], "--budget soon: give a time such as 90s, 30m or 2h"),
+        (["table1", "--budget=soon"], "--budget soon: write a number and s, m or h, as in 30m"),
         (["table1", "--data=nowhere"], "nowhere"),
     ],
 )
@@ -339,9 +339,7 @@ def test_errors(tmp_path: Path, given: list[str], message: str) -> None:
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("0s", 0)]
-)
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5m", 90), ("2h", 7200)])
 def test_times(text: str, seconds: float) -> None:
     assert seconds_of(text, "--budget") == seconds
 

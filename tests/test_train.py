@@ -24,13 +24,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from abe import train
 from abe.checkpoint import checkpoints
 from abe.config import Config, TrainConfig
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
 from abe.model import AttentionEnsemble
 from abe.runtime import read_json_lines
-from abe.train import GateStatistics, Trainer, evaluate_run, lr_factor
+from abe.train import DivergedError, GateStatistics, Trainer, evaluate_run, lr_factor
 
 SILENT = Console(quiet=True)
 ABE = Path(sys.executable).with_name("abe")
@@ -58,6 +59,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "finished"
     assert Trainer(TINY, run, SILENT).fit() is not None
     return run
+
+
+def test_select_is_fit_without_the_test_images(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate_test", MagicMock(side_effect=AssertionError))
+        best = Trainer(TINY, tmp_path / "run", SILENT).select()
+        assert Trainer.resume(tmp_path / "run", SILENT).select() == best
+    assert not (tmp_path / "run" / "result.json").exists()
+    record = Trainer.resume(tmp_path / "run", SILENT).fit()
+    assert best is not None
+    assert record is not None
+    own = json.loads((finished / "result.json").read_text())
+    assert best.recall_at_1 == record["selection_recall@1"] == own["selection_recall@1"]
+    assert best.step == record["selected_step"] == own["selected_step"]
 
 
 def test_a_run_leaves_its_record(finished: Path) -> None:
@@ -364,7 +381,7 @@ def test_what_is_not_finite_is_told_with_what_to_change(
     settings: list[str], problem: str, tmp_path: Path
 ) -> None:
     trainer = Trainer(tiny("train.steps=50", *settings), tmp_path / "run", SILENT)
-    with pytest.raises(InputError, match=f"{problem}: lower train\\.lr") as told:
+    with pytest.raises(DivergedError, match=f"{problem}: lower train\\.lr") as told:
         trainer.fit()
     if "batch" in str(told.value):
         assert str(told.value).count("synthetic class") == 8
@@ -379,7 +396,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
     trainer.model.embedding[0].register_full_backward_hook(
         lambda module, inputs, outputs: tuple(x * torch.nan for x in inputs)
     )
-    with pytest.raises(InputError, match=r"the gradient's length is nan at step 0: .*class"):
+    with pytest.raises(DivergedError, match=r"the gradient's length is nan at step 0: .*class"):
         trainer.train_step(next(iter(_batches(trainer))))
     assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
 

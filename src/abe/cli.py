@@ -448,6 +448,83 @@ def reproduce(
 
 
 @app.command()
+def sweep(
+    data: Source = None,
+    root: Root = None,
+    recipe: Recipe = None,
+    weights: Weights = None,
+    device: Device = None,
+    split_classes: SplitClasses = None,
+    skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
+    overrides: Overrides = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="What to search: train.lr, train.margin, train.divergence_weight or "
+            "train.normalization. Repeatable. Default: all four.",
+        ),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many, with those that are done.")
+    ] = 20,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Begin no trial after this time of all trials together: 90s, 30m or 2h.",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder",
+            metavar="FOLDER",
+            help="Folder to work in. Default: runs/sweep-<recipe>-<digest of all settings>.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Another one proposes other settings.")
+    ] = 0,
+) -> None:
+    """Search learning rate, margin, divergence and normalisation.
+
+    Trials are judged by Recall@1 on held-out training classes; the test images are not scored. A
+    sweep that was interrupted goes on when it is called again. Needs the package optuna.
+    """
+    from abe.runtime import seconds_of, typed
+    from abe.sweep import KEYS, best_trial, run_sweep, trials_table
+
+    base = _configure(
+        recipe,
+        overrides,
+        data=data,
+        root=root,
+        weights=weights,
+        device=device,
+        split_classes=split_classes,
+        skip_broken=skip_broken,
+        allow_partial=allow_partial,
+    )
+    folder = folder or Path("runs", f"sweep-{base.recipe}-{base.digest}")
+    done = run_sweep(
+        base,
+        folder,
+        err,
+        keys=search or KEYS,
+        trials=trials,
+        budget=None if budget is None else seconds_of(budget, "--budget"),
+        seed=seed,
+        go_on=typed(*sys.argv[1:]),
+    )
+    out.print(trials_table(done))
+    out.print(f"Trials: {folder / 'trials.jsonl'}")
+    if best := best_trial(done):
+        out.print(f"Best: {' '.join(f'--set {setting}' for setting in best.overrides)}")
+
+
+@app.command()
 def summary(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a list of objects instead of a table.")

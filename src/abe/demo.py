@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.data.splits import open_splits
 from abe.errors import InputError
@@ -65,11 +64,7 @@ def run_demo(
             if (run / "result.json").exists():
                 continue
             console.rule(f"{name}, {base.train.steps} steps")
-            trainer = (
-                Trainer.resume(run, console, device=base.device)
-                if checkpoints(run)
-                else Trainer(base.with_overrides(settings), run, console)
-            )
+            trainer = Trainer.begin(base.with_overrides(settings), run, console)
             if trainer.fit(go_on) is None:
                 raise KeyboardInterrupt
         write_report(runs, page, console)

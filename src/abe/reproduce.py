@@ -30,7 +30,7 @@ from abe.report.reproduced import draw
 from abe.results import append_record, is_baseline, read_records
 from abe.runtime import autocast, choose_device, choose_precision, replace_text
 from abe.start import build_model
-from abe.train import Trainer
+from abe.train import DivergedError, Trainer
 from abe.verdicts import (
     Judged,
     Row,
@@ -158,14 +158,12 @@ class Reproduction:
             folder = self.folder / "runs" / config.digest
             begun = bool(checkpoints(folder))
             try:
-                trainer = (
-                    Trainer.resume(folder, self.console, device=config.device)
-                    if begun
-                    else Trainer(config, folder, self.console)
-                )
-                record = trainer.fit(go_on)
+                record = Trainer.begin(config, folder, self.console).fit(go_on)
             except TakenError:
                 self.console.print(f"{folder} is left to the process that trains it")
+                continue
+            except DivergedError as error:
+                self.console.print(f"{error}: this run is missing", markup=False)
                 continue
             if record is None:
                 return False

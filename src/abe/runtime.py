@@ -344,15 +344,15 @@ def typed(*words: object) -> str:
 
 
 def seconds_of(text: str, option: str) -> float:
-    """A time such as 90s, 30m or 2h; seconds if there is no unit.
+    """A time such as 90s, 30m or 2h.
 
     Raises:
-        InputError: it is none; the message names the option.
+        InputError: it is none, or no time at all; the message names the option.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if found is None:
-        raise InputError(f"{option} {text}: give a time such as 90s, 30m or 2h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"{option} {text}: write a number and s, m or h, as in 30m")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def resume_command(run: Path) -> str:

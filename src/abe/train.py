@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -84,6 +84,11 @@ IMAGES = "images.json"  # of a run: which images it learns and tests
 LOG = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"  # of a run: held by the process that trains it
+Picked = TypeVar("Picked")
+
+
+class DivergedError(InputError):
+    """A loss, a gradient or embeddings that are not finite."""
 
 
 class Trainer:
@@ -214,6 +219,17 @@ class Trainer:
             )
         return cls(config, run, console, checkpoint=checkpoint)
 
+    @classmethod
+    def begin(cls, config: Config, run: Path, console: Console | None = None) -> Trainer:
+        """A trainer that goes on in `run` if it has a checkpoint, and else begins there.
+
+        Raises:
+            InputError: as the class and `resume` do.
+        """
+        if checkpoints(run):
+            return cls.resume(run, console, device=config.device)
+        return cls(config, run, console)
+
     def fit(self, go_on: str | None = None) -> dict[str, Any] | None:
         """Train to the last step, pick the checkpoint, score the test images once.
 
@@ -225,22 +241,39 @@ class Trainer:
             it is saved then and `resume` goes on.
 
         Raises:
-            InputError: the loss or a gradient is not finite, and the message names the step and
-                the batch's files; a file of the run cannot be written; or another process trains
-                it, or has gone on with it since this trainer was made.
+            DivergedError: the loss or a gradient is not finite, and the message names the step and
+                the batch's files; or embeddings are not.
+            InputError: a file of the run cannot be written; or another process trains it, or has
+                gone on with it since this trainer was made.
         """
+        return self._fit(go_on, self._finish)
+
+    def select(self, go_on: str | None = None) -> Best | None:
+        """As `fit`, without its end: the test images are not scored.
+
+        Args:
+            go_on: as in `fit`.
+
+        Returns:
+            The checkpoint that the protocol picks, or None when a signal stopped the run.
+
+        Raises:
+            InputError: as `fit`.
+        """
+        return self._fit(go_on, lambda: self.best)
+
+    def _fit(self, go_on: str | None, finish: Callable[[], Picked]) -> Picked | None:
+        """Train to the last step, alone in the run's folder, and then do what `finish` does."""
         with _alone(self.run) if self.ranks.first else contextlib.nullcontext():
             if self.ranks.first:
                 set_aside_newer(self.run, None if self.best is None else self.step)
             self.ranks.wait()
-            return self._fit(go_on or resume_command(self.run))
+            return self._fit_alone(go_on or resume_command(self.run), finish)
 
-    def _fit(self, go_on: str) -> dict[str, Any] | None:
+    def _fit_alone(self, go_on: str, finish: Callable[[], Picked]) -> Picked | None:
         try:
             self._begin()
-            if not self._train(go_on):
-                return None
-            return self._finish()
+            return finish() if self._train(go_on) else None
         except KeyboardInterrupt:
             if not checkpoints(self.run):
                 self._say("Stopped before the first checkpoint: nothing is saved")
@@ -352,7 +385,7 @@ class Trainer:
             batch: with this rank's share of the images, and the labels of all.
 
         Raises:
-            InputError: the loss or the gradient is not finite.
+            DivergedError: the loss or the gradient is not finite.
         """
         train = self.config.train
         started = time.perf_counter()
@@ -540,7 +573,7 @@ class Trainer:
                 workers=self.config.data.workers,
             )
             if self.ranks.any(not embeddings.isfinite().all()):
-                raise InputError(
+                raise DivergedError(
                     f"embeddings are not finite after step {self.step}: lower train.lr "
                     f"({self.config.train.lr}), or see which layer is fast in "
                     f"{self.run / LOG}, update_to_weight"
@@ -629,7 +662,7 @@ class Trainer:
 
     def _refuse(self, problem: str, batch: Batch) -> None:
         names = [self.splits.train.describe(int(index)) for index in batch.indices]
-        raise InputError(
+        raise DivergedError(
             f"{problem} at step {self.step}: lower train.lr ({self.config.train.lr}) or "
             f"look at the images of this batch: {', '.join(names)}"
         )

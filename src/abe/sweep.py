@@ -1,0 +1,322 @@
+"""`abe sweep`: a search for settings that the paper leaves open, on held-out training classes.
+
+    <folder>/sweep.json           what is searched: the settings to begin from, the keys, the seed
+    <folder>/trials.jsonl         a line for each trial that is done
+    <folder>/<number>-<digest>/   a trial's run, whose checkpoints go when the trial is done
+
+Trial t is a function of the seed, t and the lines of the trials before it; the first one is the
+recipe as it is. A sweep that was killed therefore proposes the trial again that it was at, finds
+its run, and goes on from its checkpoint. The test images are never scored.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from abe.config import Config
+from abe.errors import InputError
+from abe.losses import ContrastiveNormalization
+from abe.results import differing, flatten
+from abe.runtime import (
+    locked,
+    make_folder,
+    read_json,
+    read_json_lines,
+    remove_unfinished,
+    replace_text,
+    write_json,
+)
+from abe.train import DivergedError, Trainer
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+SWEEP, TRIALS, LOCK = "sweep.json", "trials.jsonl", ".lock"
+KEYS = ("train.lr", "train.margin", "train.divergence_weight", "train.normalization")
+LR_FACTOR = 10  # the rate is searched from a tenth of the recipe's to ten times it
+MARGINS = 0.2, 2.0  # on squared distances, which are 2 between vectors at a right angle
+DIVERGENCE_WEIGHTS = 0.01, 10.0
+
+
+class Trial(BaseModel):
+    """A line of trials.jsonl."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True
+    )
+
+    settings: dict[str, float | str]
+    digest: str  # of the whole configuration
+    selection_recall: float | None = Field(alias="selection_recall@1")  # None: it diverged
+    seconds: float  # of a trial that was interrupted those since it went on
+    state: Literal["complete", "diverged"]
+
+    @property
+    def overrides(self) -> list[str]:
+        """Its settings as `--set` takes them."""
+        return overrides(self.settings)
+
+
+def overrides(settings: Mapping[str, float | str]) -> list[str]:
+    """Settings as `--set` takes them; {"train.lr": 0.1} -> ["train.lr=0.1"]."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+    ]
+
+
+def run_sweep(
+    base: Config,
+    folder: Path,
+    console: Console,
+    *,
+    keys: Sequence[str] = KEYS,
+    trials: int = 20,
+    budget: float | None = None,
+    seed: int = 0,
+    go_on: str = "the same again",
+) -> list[Trial]:
+    """Train with settings that Optuna's TPE proposes, each time to the end.
+
+    A sweep that was interrupted goes on where it was; more trials can be asked of one that is done.
+
+    Args:
+        base: the settings to begin from, which are those of the first trial.
+        folder: where the sweep is.
+        console: where to report progress.
+        keys: those of `KEYS` to search.
+        trials: how many, with those that are done.
+        budget: seconds of all trials together, after which none is begun; None for no limit.
+        seed: another one proposes other settings.
+        go_on: the command that goes on with the sweep, for who stops it.
+
+    Returns:
+        All trials that are done, in their order.
+
+    Raises:
+        InputError: Optuna is not installed; the protocol is not "val"; a key that cannot be
+            searched; the folder holds another sweep, or another process is at work in it; whatever
+            `Trainer` cannot use.
+    """
+    if base.protocol != "val":
+        raise InputError(
+            f"protocol={base.protocol} selects by the test images, which a sweep leaves alone: "
+            "leave --set protocol=val"
+        )
+    base = base.anchored()
+    space = search_space(base, keys)
+    make_folder(folder)
+    with locked(folder / LOCK, f"{folder} is swept by another process: wait for it"):
+        remove_unfinished(folder)
+        _require_same_sweep(folder / SWEEP, base, keys, seed)
+        done = read_trials(folder / TRIALS)
+        for number, trial in enumerate(done):
+            _forget_checkpoints(_run(folder, number, trial.digest))
+        while len(done) < trials and (budget is None or sum(t.seconds for t in done) < budget):
+            settings = propose(space, done, base, seed)
+            console.rule(f"trial {len(done) + 1} of {trials}")
+            console.print(" ".join(overrides(settings)), highlight=False, soft_wrap=True)
+            config = base.with_overrides(overrides(settings))
+            run = _run(folder, len(done), config.digest)
+            trial = _try(config, settings, run, console, go_on)
+            done.append(trial)
+            lines = (json.dumps(each.model_dump()) + "\n" for each in done)
+            replace_text(folder / TRIALS, "".join(lines))
+            _forget_checkpoints(run)
+    return done
+
+
+def search_space(base: Config, keys: Sequence[str]) -> dict[str, BaseDistribution]:
+    """What is tried of each key, the value of `base` among it.
+
+    Raises:
+        InputError: Optuna is not installed, no keys, one that is not in `KEYS`, one without an
+            effect, or a divergence that is switched off.
+    """
+    distributions = _optuna().distributions
+    unknown = [key for key in keys if key not in KEYS]
+    if unknown or not keys:
+        what = ", ".join(unknown) or "nothing"
+        raise InputError(f"a sweep cannot search {what}: choose among {', '.join(KEYS)}")
+    train = base.train
+    for key in ("train.margin", "train.normalization"):
+        if key in keys and train.metric_loss != "contrastive":
+            raise InputError(
+                f"{key} has no effect on train.metric_loss={train.metric_loss}: name the keys to "
+                "search without it, as in --search train.lr"
+            )
+    if "train.divergence_weight" in keys and train.divergence_weight == 0:
+        raise InputError(
+            "train.divergence_weight=0 switches Eq. 9 off: begin from another weight, or name the "
+            "keys to search without it, as in --search train.lr"
+        )
+
+    def floats(low: float, high: float, value: float, log: bool = False) -> BaseDistribution:
+        return distributions.FloatDistribution(min(low, value), max(high, value), log=log)
+
+    weight = train.divergence_weight
+    space = {
+        "train.lr": lambda: floats(train.lr / LR_FACTOR, train.lr * LR_FACTOR, train.lr, log=True),
+        "train.margin": lambda: floats(*MARGINS, train.margin),
+        "train.divergence_weight": lambda: floats(*DIVERGENCE_WEIGHTS, weight, log=True),
+        "train.normalization": lambda: distributions.CategoricalDistribution(
+            get_args(ContrastiveNormalization)
+        ),
+    }
+    return {key: space[key]() for key in KEYS if key in keys}
+
+
+def propose(
+    space: Mapping[str, BaseDistribution], done: Sequence[Trial], base: Config, seed: int
+) -> dict[str, float | str]:
+    """The settings of the next trial: a function of the seed and of the trials that are done.
+
+    One that diverged counts as a Recall@1 of 0.
+
+    Raises:
+        InputError: a trial's settings are not in the space.
+    """
+    if not done:
+        values = flatten(base.to_json())
+        return {key: values[key] for key in space}
+    optuna = _optuna()
+    (state,) = np.random.SeedSequence(seed, spawn_key=(len(done),)).generate_state(1)
+    sampler = optuna.samplers.TPESampler(seed=int(state))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for number, trial in enumerate(done, start=1):
+        try:
+            known = optuna.trial.create_trial(
+                params=trial.settings, distributions=space, value=trial.selection_recall or 0.0
+            )
+        except ValueError as error:
+            raise InputError(
+                f"{TRIALS}, line {number} is no trial of this sweep, correct or remove it: {error}"
+            ) from None
+        study.add_trial(known)
+    proposed: dict[str, float | str] = study.ask(dict(space)).params
+    return proposed
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial | None:
+    """The first one with the highest Recall@1 on held-out classes; None if all diverged."""
+    complete = [trial for trial in trials if trial.selection_recall is not None]
+    return max(complete, key=lambda trial: trial.selection_recall or 0.0, default=None)
+
+
+def trials_table(trials: Sequence[Trial]) -> Table:
+    """Trials for the terminal, the best first; those that diverged last."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("trial", *(key.removeprefix("train.") for key in trials[0].settings)):
+        table.add_column(column, justify="right")
+    for column in ("R@1", "seconds"):
+        table.add_column(column, justify="right")
+    numbered = [(trial.selection_recall, number, trial) for number, trial in enumerate(trials, 1)]
+    for recall, number, trial in sorted(
+        numbered, key=lambda each: -1 if each[0] is None else each[0], reverse=True
+    ):
+        table.add_row(
+            str(number),
+            *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.settings.values()),
+            trial.state if recall is None else f"{100 * recall:.1f}",
+            f"{trial.seconds:.0f}",
+        )
+    table.caption = "R@1 on held-out training classes, %"
+    return table
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """The lines of trials.jsonl; none where there is no such file.
+
+    Raises:
+        InputError: it cannot be read, or a line is no trial; the message names it.
+    """
+    trials = []
+    for number, line in enumerate(read_json_lines(path) if path.exists() else [], start=1):
+        try:
+            trials.append(Trial.model_validate(line))
+        except ValidationError:
+            raise InputError(
+                f"{path}, line {number} is no trial of `abe sweep`: correct or remove it"
+            ) from None
+    return trials
+
+
+def _try(
+    config: Config, settings: dict[str, float | str], run: Path, console: Console, go_on: str
+) -> Trial:
+    """Train to the end, from the run's checkpoint if it has one.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped it, and it is saved.
+    """
+    started = time.perf_counter()
+    recall = None
+    try:
+        best = Trainer.begin(config, run, console).select(go_on)
+        if best is None:
+            raise KeyboardInterrupt
+        recall = best.recall_at_1
+    except DivergedError as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return Trial(
+        settings=settings,
+        digest=config.digest,
+        selection_recall=recall,
+        seconds=round(time.perf_counter() - started, 1),
+        state="diverged" if recall is None else "complete",
+    )
+
+
+def _run(folder: Path, number: int, digest: str) -> Path:
+    return folder / f"{number + 1:03}-{digest}"
+
+
+def _forget_checkpoints(run: Path) -> None:
+    if (run / "checkpoints").exists():
+        shutil.rmtree(run / "checkpoints")
+
+
+def _require_same_sweep(file: Path, base: Config, keys: Sequence[str], seed: int) -> None:
+    """Write sweep.json, or raise InputError if it is of another sweep."""
+    sweep: dict[str, Any] = {
+        "search": [key for key in KEYS if key in keys],
+        "seed": seed,
+        "settings": base.portable(),
+        "images": [base.data.source, base.data.root],
+    }
+    if not file.exists():
+        write_json(file, sweep)
+        return
+    if names := differing([flatten(read_json(file)), flatten(sweep)]):
+        which = ", ".join(name.removeprefix("settings.") for name in names)
+        raise InputError(
+            f"{file.parent} holds a sweep with another {which}: give the same settings to go on "
+            "with it, or another --folder"
+        )
+
+
+def _optuna() -> Any:
+    """The package, which keeps to itself what it does.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise InputError(
+            "abe sweep needs the package optuna, which is not installed: pip install optuna"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
