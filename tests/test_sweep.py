@@ -40,8 +40,12 @@ SMALL = TINY.with_overrides(["train.eval_every=1"])
 class Quick:
     """In the place of `Trainer`: its recall is highest at a rate of 0.001 and at 10 it diverges."""
 
-    def __init__(self, config: Config, run: Path, console: Console) -> None:
+    def __init__(self, config: Config) -> None:
         self.train = config.train
+
+    @classmethod
+    def begin(cls, config: Config, run: Path, console: Console) -> Quick:
+        return cls(config)
 
     def select(self, go_on: str | None) -> Best | None:
         if self.train.lr > 9:
