@@ -187,7 +187,8 @@ def test_rates_are_chosen_by_held_out_classes_and_lines_without_hits_do_not_coun
     high = record(arm, 0, [True, True, True, False], rate=0.01) | {"selection_recall@1": 0.1}
     old = record(arm, 1, [True] * 4, rate=0.003)
     del old["scores"]["hits@1"]
-    (row,) = rows_of([arm], {arm.name: [low, high, old]})
+    other_step = record(arm, 2, [True] * 4, rate=0.003) | {"method": "ABE-4^512 at step 40"}
+    (row,) = rows_of([arm], {arm.name: [low, high, old, other_step]})
     assert row.found is not None
     values = values_of(EXPERIMENTS["table2"], row, "birds", small(True).base)
     assert (values["recall@1"], values["rate"], values["seeds"]) == (0.25, 0.003, 1)

@@ -34,6 +34,7 @@ from abe.train import DivergedError, Trainer
 from abe.verdicts import (
     Judged,
     Row,
+    counts,
     csv_text,
     cuts,
     judge,
@@ -263,7 +264,7 @@ class Reproduction:
         return [
             record
             for record in found
-            if "hits@1" in record["scores"] and record["images_digest"] == self.splits.digest
+            if counts(record) and record["images_digest"] == self.splits.digest
         ]
 
     def _gflop(self, config: Config) -> float:

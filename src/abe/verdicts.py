@@ -31,7 +31,7 @@ from abe.experiments import (
 from abe.intervals import Interval, bootstrap, exceeds, is_within, unpack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
-from abe.results import Summary, data_title, differing, flatten, is_baseline, summarize
+from abe.results import Summary, data_title, differing, flatten, is_baseline, method_name, summarize
 from abe.start import build_model
 
 MIN_SEEDS = 3  # below that a claim is left open
@@ -49,7 +49,7 @@ class Row:
     def samples(self, quantity: Quantity) -> dict[int, NDArray[np.float64]]:
         """What a quantity is the mean of: seed -> values, of each query if there are such."""
         runs = () if self.found is None else self.found.runs
-        return {record["seed"]: _values(record, quantity) for record in runs if _has(record)}
+        return {record["seed"]: _values(record, quantity) for record in runs}
 
     def interval(self) -> Interval | None:
         """Of Recall@1, over seeds and queries."""
@@ -80,9 +80,15 @@ class Judged:
         return ": ".join(part for part in (str(self.claim), self.shown, self.verdict) if part)
 
 
-def _has(record: Mapping[str, Any]) -> bool:
-    """Whether a record holds what intervals are made of; lines of early versions do not."""
-    return "hits@1" in record["scores"]
+def counts(record: dict[str, Any]) -> bool:
+    """Whether a record is a run's, or a baseline's, and holds what intervals are made of.
+
+    Lines of early versions do not, and those of a checkpoint that its run did not select are none.
+    """
+    if "hits@1" not in record["scores"]:
+        return False
+    config = Config.from_json(record["config"])
+    return is_baseline(record) or record["method"] == method_name(config)
 
 
 def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
@@ -99,8 +105,7 @@ def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]
     """Each arm with its records, by its name, at the rate that held-out classes choose."""
     rows = []
     for arm in arms:
-        # The rate is chosen among runs that intervals can be made of.
-        summaries = summarize(record for record in records.get(arm.name, ()) if _has(record))
+        summaries = summarize(filter(counts, records.get(arm.name, ())))
         rows.append(Row(arm, summaries[-1] if summaries else None))
     return rows
 
@@ -230,7 +235,7 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     """docs/results.md: each claim of each experiment on the images that it was tried on."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        if not is_baseline(record):
+        if counts(record) and not is_baseline(record):
             key = [record["data"], record.get("images_digest"), record["config"]["data"]]
             groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
     lines = [_PAGE_HEAD]
