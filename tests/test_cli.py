@@ -26,7 +26,7 @@ from abe.checkpoint import checkpoints
 from abe.runtime import read_json_lines
 
 ABE = Path(sys.executable).with_name("abe")
-VERBS = ("train", "eval", "report", "results", "demo", "summary", "config", "data")
+VERBS = ("train", "pretrain", "eval", "report", "results", "demo", "summary", "config", "data")
 DATA_VERBS = ("check", "get", "list", "prepare", "verify")
 HEAVY = {"torch", "numpy", "matplotlib", "PIL", "sklearn", "safetensors", "jinja2"}
 TINY = [
