@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -278,6 +279,15 @@ def test_one_process_at_a_time(photos: Path, tmp_path: Path, stop_after: object)
         Pretrainer(configured(photos), tmp_path, SILENT)
 
 
+def test_a_disk_that_is_full_is_told_with_how_to_go_on(photos: Path, tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        mock.patch("abe.pretrain.write_tensors", side_effect=full),
+        pytest.raises(InputError, match=r"checkpoint\.safetensors cannot be written .*--resume "),
+    ):
+        Pretrainer(configured(photos), tmp_path, SILENT).fit()
+
+
 def test_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^{tmp_path} has no checkpoint.safetensors: give a fold"):
         Pretrainer.resume(tmp_path, SILENT)
@@ -460,13 +470,36 @@ def test_the_command_makes_a_start_that_train_takes(photos: Path, tmp_path: Path
     assert "\x1b" not in done.stdout + done.stderr
     again = abe("pretrain", "--data", photos, *settings, folder=tmp_path)
     assert again.returncode == 2
-    assert re.search(r"holds a start that was begun: go on with `.*abe pretrain --resume", again.stderr)
-    sizes = ["data.resize=40", "data.crop=32", "data.val_classes=0.5", "train.steps=1"]
+    assert re.search(
+        r"holds a start that was begun: go on with `.*abe pretrain --resume", again.stderr
+    )
+    sizes = ["data.resize=40", "data.crop=32", "protocol=paper", "train.steps=1"]
     model = ["model.num_learners=2", "model.embedding_dim=8", "train.batch_size=8", "tracking=none"]
     overrides = [f"--set={setting}" for setting in (*sizes, *model, "device=cpu")]
     trained = abe("train", photos, "--weights", file, "--run", "run", *overrides, folder=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "spatial.0: loaded" in trained.stderr
+
+
+@pytest.mark.slow
+def test_the_command_says_how_to_take_another_backbone_s_start(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--backbone googlenet_bn --epochs 1 --batch-size 16 --resize 40 --crop 32 --device cpu"
+    where = ["--data", str(photos), "--out", str(tmp_path / "bn")]
+    argv = ["abe", "pretrain", *where, *words.split()]
+    with mock.patch.object(sys, "argv", argv), pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    file = tmp_path / "bn" / "googlenet_bn-photos.safetensors"
+    setting = "--set model.backbone=googlenet_bn"
+    assert capsys.readouterr().out.endswith(f"train DATA --weights {file} {setting}\n")
+    card = file.with_suffix(".md").read_text()
+    assert f"`abe train DATA --weights {file.name} {setting}`" in card
+    config = TINY.with_overrides(["model.backbone=googlenet_bn", f"model.weights={file}"])
+    begun = start(config)
+    assert "not used" not in begun.report
+    assert begun.preprocessing.channels == "RGB"
 
 
 def test_resume_takes_nothing_beside_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

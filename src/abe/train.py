@@ -278,13 +278,7 @@ class Trainer:
         with (
             self._open_tracking(done) as self.tracking,
             StopSignal().listening() as stop,
-            step_progress(
-                self.console,
-                done=self.step,
-                steps=self.config.train.steps,
-                batch_size=self.config.train.batch_size,
-                told=self.best is None,  # the first loss was told by itself
-            ) as advance,
+            self._progress() as advance,
         ):
             if self.best is None:
                 self._evaluate_and_save()
@@ -644,6 +638,16 @@ class Trainer:
         if self.ranks.first:
             append_json_line(self.run / LOG, {"step": self.step, **values})
             self.tracking.log(self.step, values)
+
+    def _progress(self) -> AbstractContextManager[Callable[[int, float], None]]:
+        """See `step_progress`."""
+        return step_progress(
+            self.console,
+            done=self.step,
+            steps=self.config.train.steps,
+            batch_size=self.config.train.batch_size,
+            told=self.best is None,  # the first loss was told by itself
+        )
 
 
 @contextlib.contextmanager

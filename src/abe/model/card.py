@@ -31,12 +31,12 @@ def model_card(
     """
     file = f"{config.name}.safetensors"
     results = ", ".join(f"{100 * top_1:.1f} % at {side} px" for side, top_1 in measured.items())
+    other = f" --set model.backbone={config.backbone}"
+    other *= config.backbone != ModelConfig().backbone
     rows = {
         "file": f"`{file}`, {size}",
         "network": architecture,
-        "fits": f"backbone `{config.backbone}`: `abe train DATA --weights {file}`"
-        + f" `--set model.backbone={config.backbone}`"
-        * (config.backbone != ModelConfig().backbone),
+        "fits": f"backbone `{config.backbone}`: `abe train DATA --weights {file}{other}`",
         "data": f"{images['name']}: {images['learned_images']:,} images of {images['classes']:,} "
         f"classes, and {images['held_out_images']:,} held out ({config.held_out} a class, fewer "
         f"of small ones); unreadable files left out: {images['skipped']:,}; digest "
