@@ -306,6 +306,15 @@ def test_it_goes_on_with_what_it_was_begun_with(
     finally:
         other.rename(image)
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    content = bytearray(checkpoint.read_bytes())
+    for place in (content.index(b'"step":"1"') + 8, len(content) // 2):
+        content[place] ^= 1
+        checkpoint.write_bytes(content)
+        with pytest.raises(InputError, match=f"^{checkpoint} .* changed since it was written"):
+            Pretrainer.resume(tmp_path / "run", SILENT)
+        content[place] ^= 1
+    checkpoint.write_bytes(content)
+    assert Pretrainer.resume(tmp_path / "run", SILENT).step == 1
     os.truncate(checkpoint, checkpoint.stat().st_size // 2)
     with pytest.raises(InputError, match=f"^{checkpoint} cannot be read .*: begin again in anoth"):
         Pretrainer.resume(tmp_path / "run", SILENT)

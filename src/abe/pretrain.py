@@ -10,6 +10,7 @@ Shapes: N images held out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -86,9 +87,11 @@ class _Saved:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if meta.pop("checksum") != _checksum(meta, tensors):
+                raise InputError("it was changed since it was written")
             config = PretrainConfig.from_json(json.loads(meta["config"]))
             return cls(int(meta["step"]), config, meta["digest"], tensors)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
             raise InputError(
                 f"{path} cannot be read ({error}): begin again in another folder"
             ) from None
@@ -322,13 +325,14 @@ class Pretrainer:
     def _save(self) -> None:
         path = self.folder / CHECKPOINT
         model = {f"model.{key}": value for key, value in self.network.state_dict().items()}
+        tensors = model | training_tensors(self.optimizer, None)
         meta = {
             "step": str(self.step),
             "config": json.dumps(self.config.to_json()),
             "digest": self.images.digest,
         }
         try:
-            write_tensors(path, model | training_tensors(self.optimizer, None), meta)
+            write_tensors(path, tensors, meta | {"checksum": _checksum(meta, tensors)})
         except (OSError, SafetensorError) as error:  # the latter of an OSError in safetensors
             raise InputError(
                 f"{path} cannot be written ({error}): make room for it or see to its permissions; "
@@ -423,3 +427,11 @@ class Pretrainer:
     def _say(self, text: str) -> None:
         """Print what may hold paths: as it is, unbroken."""
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _checksum(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of what a checkpoint says and holds."""
+    found = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
