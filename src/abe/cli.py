@@ -264,7 +264,7 @@ def pretrain(
         typer.Option(metavar="PIXELS", help="Side of what the network sees. Default: 64."),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(metavar="RATE", help="Highest learning rate. Default: 0.1.")
+        float | None, typer.Option(metavar="RATE", help="Highest learning rate. Default: 0.03.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="NUMBER", help="Another one, another start. Default: 0.")

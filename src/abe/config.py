@@ -263,7 +263,7 @@ class PretrainConfig(_Section):
     held_out: int = Field(30, ge=1)  # images a class for top-1, but a fifth of a class at most
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(128, ge=2)
-    lr: float = Field(0.1, gt=0)  # at its highest
+    lr: float = Field(0.03, gt=0)  # at its highest
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps in which the rate grows
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)

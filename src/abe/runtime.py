@@ -238,7 +238,8 @@ def write_tensors(
         mode = (path if path.exists() else beside).stat().st_mode
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, beside, metadata)
-        _sort_metadata(beside)
+        if metadata:
+            _sort_metadata(beside)
         beside.chmod(mode)  # save_file leaves it readable by its owner alone
         flush(beside)
 
@@ -248,11 +249,10 @@ def _sort_metadata(path: Path) -> None:
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        if metadata := header.get("__metadata__"):
-            header["__metadata__"] = dict(sorted(metadata.items()))
-            file.seek(8)
-            text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
-            file.write(text.encode().ljust(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+        file.write(text.encode().ljust(size))
 
 
 def make_folder(path: Path) -> None:
