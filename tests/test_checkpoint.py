@@ -342,11 +342,11 @@ def test_only_the_folders_own_files_are_read_whatever_sha256_lists(tmp_path: Pat
 def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, step=1)
 
-    def stop(tensors: object, path: Path) -> None:
+    def stop(tensors: object, path: Path, metadata: object) -> None:
         if "training.safetensors" in path.name:
             path.write_bytes(b"half")
             raise KeyboardInterrupt
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr("abe.runtime.save_file", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -28,6 +28,7 @@ from abe.runtime import read_json_lines
 ABE = Path(sys.executable).with_name("abe")
 VERBS = (
     "train",
+    "pretrain",
     "eval",
     "report",
     "results",

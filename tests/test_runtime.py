@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from abe import runtime
@@ -450,6 +450,18 @@ def test_a_run_in_another_thread_leaves_signals_alone() -> None:
 def test_resume_command_can_be_pasted_into_a_shell() -> None:
     command = resume_command(Path("my runs/it's [red]"))
     assert shlex.split(command) == ["abe", "train", "--resume", "my runs/it's [red]"]
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path: Path) -> None:
+    file, metadata = tmp_path / "file.safetensors", {name: f"é {name}" for name in "badfce"}
+    written = set()
+    for _ in range(10):
+        write_tensors(file, {"x": torch.ones(3)}, metadata)
+        written.add(file.read_bytes())
+    assert len(written) == 1
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert torch.equal(opened.get_tensor("x"), torch.ones(3))
 
 
 # --- Signals -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
+from abe.data.samplers import ClassBalancedBatchSampler, EpochBatchSampler, PairBatchSampler
 from abe.errors import InputError
 
 # 12 classes of 3 to 14 images, shuffled, with labels that are neither 0..11 nor contiguous.
@@ -208,3 +208,40 @@ def test_more_classes_than_there_are():
 def test_batches_without_positives_or_negatives(shape):
     with pytest.raises(InputError, match="both have to be 2 or more"):
         ClassBalancedBatchSampler(LABELS, *shape)
+
+
+# --- Epochs ------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_each_image_once_in_an_order_of_its_own():
+    sampler = EpochBatchSampler(12, 4)
+    assert sampler.steps_per_epoch == 3
+    epochs = [
+        np.concatenate([sampler.batch(3 * epoch + place) for place in range(3)])
+        for epoch in range(2)
+    ]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert list(epochs[0]) != list(epochs[1])
+    assert list(EpochBatchSampler(12, 4, seed=1).batch(0)) != list(sampler.batch(0))
+
+
+def test_what_an_epoch_leaves_over_is_another_in_each():
+    sampler = EpochBatchSampler(11, 4)
+    assert sampler.steps_per_epoch == 2
+    taken = [{*sampler.batch(2 * epoch), *sampler.batch(2 * epoch + 1)} for epoch in range(8)]
+    assert all(len(epoch) == 8 for epoch in taken)
+    assert set.union(*taken) == set(range(11))
+
+
+def test_batches_of_epochs_are_functions_of_the_step():
+    sampler = EpochBatchSampler(12, 4, seed=3)
+    in_order = [sampler.batch(step) for step in range(9)]
+    for step in (8, 0, 4, 1):
+        assert np.array_equal(EpochBatchSampler(12, 4, seed=3).batch(step), in_order[step])
+        assert np.array_equal(sampler.batch(step), in_order[step])
+
+
+def test_a_batch_that_is_larger_than_an_epoch_is_refused():
+    assert EpochBatchSampler(4, 4).steps_per_epoch == 1
+    with pytest.raises(InputError, match="batch_size=5, but there are 4 images to learn from: low"):
+        EpochBatchSampler(4, 5)

@@ -226,6 +226,103 @@ def train(
     out.print(f"Run: {trainer.run}\nResult added to {file}")
 
 
+@app.command()
+def pretrain(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Folder, CSV file, or with --root a benchmark's name: as `train`. "
+            "Default: images drawn by abe.",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Folder to make. Default: runs/pretrain-<backbone>-<data>.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on in this folder where it stopped."),
+    ] = None,
+    root: Root = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="googlenet (default), googlenet_bn or resnet50: what to start."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Passes over the images. Default: 30.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="IMAGES", help="Images a step. Default: 128.")
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side of the padded square. Default: 84.")
+    ] = None,
+    crop: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", help="Side of what the network sees. Default: 64."),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Highest learning rate. Default: 0.03.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="Another one, another start. Default: 0.")
+    ] = None,
+    device: Device = None,
+    skip_broken: SkipBroken = False,
+    allow_partial: AllowPartial = False,
+) -> None:
+    """Make a start for --weights: train a backbone to classify.
+
+    All classes are learned, and a few images of each are held out to measure the start by. It is
+    written into the folder with a model card. Ctrl-C saves and says how to go on.
+    """
+    from abe.config import ModelConfig, PretrainConfig
+    from abe.pretrain import Pretrainer
+    from abe.runtime import typed
+
+    of_data = {
+        "source": data,
+        "root": root,
+        "resize": resize,
+        "crop": crop,
+        "skip_broken": skip_broken or None,
+        "allow_partial": allow_partial or None,
+    }
+    settings = {
+        "backbone": backbone,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "device": device,
+    }
+    if resume is not None:
+        given = of_data | settings | {"device": None, "folder": folder}
+        if any(value is not None for value in given.values()):
+            raise InputError("--resume goes on as it was begun: give only --device with it")
+        pretrainer = Pretrainer.resume(resume, err, device=device)
+    else:
+        values = PretrainConfig().to_json()
+        values["data"] |= {key: value for key, value in of_data.items() if value is not None}
+        values |= {key: value for key, value in settings.items() if value is not None}
+        config = PretrainConfig.from_json(values).anchored()
+        pretrainer = Pretrainer(config, folder or Path("runs", f"pretrain-{config.name}"), err)
+    file = pretrainer.fit()
+    if file is None:
+        raise typer.Exit(130)
+    name = pretrainer.config.backbone
+    other = () if name == ModelConfig().backbone else ("--set", f"model.backbone={name}")
+    command = typed("train", "DATA", "--weights", file, *other)
+    out.print(f"Start: {file}\nTo train from it: {command}")
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[

@@ -35,6 +35,22 @@ class _Section(BaseModel):
         coerce_numbers_to_str=True,  # --set data.source=2010 is a folder's name
     )
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Build settings from plain values.
+
+        Raises:
+            InputError: an unknown key (the message names the nearest) or a value that does not fit.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError("; ".join(_explain(item) for item in error.errors())) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` takes."""
+        return self.model_dump(mode="json")
+
 
 class ModelConfig(_Section):
     """Which network (section 3 and supplement), and what it starts from."""
@@ -89,6 +105,14 @@ class DataConfig(_Section):
                 f"data.crop={self.crop} does not fit into data.resize={self.resize}: "
                 "make the crop the smaller one"
             )
+        return self
+
+    def anchored(self) -> Self:
+        """The same with full paths."""
+        if self.root is not None:
+            return self.model_copy(update={"root": str(Path(self.root).absolute())})
+        if self.source != "synthetic":
+            return self.model_copy(update={"source": str(Path(self.source).absolute())})
         return self
 
 
@@ -168,31 +192,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _backbone_takes_the_crop(self) -> Self:
-        from abe.model.backbones import get_backbone
-
-        smallest = get_backbone(self.model.backbone).min_image_size
-        if self.data.crop < smallest:
-            raise InputError(
-                f"data.crop={self.data.crop} is too small for model.backbone="
-                f"{self.model.backbone}: it takes {smallest} and above"
-            )
+        _require_crop(self.data.crop, "model.backbone", self.model.backbone)
         return self
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """Build a configuration from plain values.
-
-        Raises:
-            InputError: an unknown key (the message names the nearest) or a value that does not fit.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise InputError("; ".join(_explain(item) for item in error.errors())) from None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values that `from_json` takes."""
-        return self.model_dump(mode="json")
 
     def with_overrides(self, assignments: Iterable[str]) -> Self:
         """Apply `key=value` strings such as `train.lr=1e-4`; values are JSON or plain text.
@@ -234,14 +235,10 @@ class Config(_Section):
         """The same with full paths, so that it finds its files from any working folder."""
         from abe.model.weights import SOURCES
 
-        data, model = self.data, self.model
-        if data.root is not None:
-            data = data.model_copy(update={"root": str(Path(data.root).absolute())})
-        elif data.source != "synthetic":
-            data = data.model_copy(update={"source": str(Path(data.source).absolute())})
+        model = self.model
         if model.weights is not None and model.weights not in SOURCES:
             model = model.model_copy(update={"weights": str(Path(model.weights).absolute())})
-        return self.model_copy(update={"data": data, "model": model})
+        return self.model_copy(update={"data": self.data.anchored(), "model": model})
 
     @property
     def digest(self) -> str:
@@ -253,6 +250,61 @@ class Config(_Section):
             if file.is_file():
                 found.update(file.read_bytes())
         return found.hexdigest()[:12]
+
+
+class PretrainConfig(_Section):
+    """A start to be made for a backbone, by classification (`abe pretrain`)."""
+
+    backbone: str = "googlenet"
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    data: DataConfig = DataConfig(resize=84, crop=64)
+    held_out: int = Field(30, ge=1)  # images a class for top-1, but a fifth of a class at most
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.03, gt=0)  # at its highest
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps in which the rate grows
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _backbone_takes_the_crop(self) -> Self:
+        _require_crop(self.data.crop, "backbone", self.backbone)
+        return self
+
+    def anchored(self) -> Self:
+        """The same with full paths, so that it finds its files from any working folder."""
+        return self.model_copy(update={"data": self.data.anchored()})
+
+    @property
+    def name(self) -> str:
+        """What to call the start."""
+        return f"{self.backbone}-{PurePath(self.data.source).stem}"
+
+    def schedule(self, steps: int) -> TrainConfig:
+        """Its rate and its optimiser, of so many steps."""
+        return TrainConfig(
+            steps=steps,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            bias_lr_factor=1,
+            schedule="cosine",
+            warmup=round(self.warmup * steps),
+        )
+
+
+def _require_crop(crop: int, key: str, backbone: str) -> None:
+    """Raises InputError where a backbone cannot process images of `crop` pixels."""
+    from abe.model.backbones import get_backbone
+
+    smallest = get_backbone(backbone).min_image_size
+    if crop < smallest:
+        raise InputError(
+            f"data.crop={crop} is too small for {key}={backbone}: it takes {smallest} and above"
+        )
 
 
 def _parse(text: str) -> Any:

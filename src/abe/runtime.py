@@ -227,14 +227,33 @@ def read_json_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]
     return values
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a safetensors file as one step, which keeps its mode; it is on the disk then."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Replace a safetensors file as one step, which keeps its mode; it is on the disk then.
+
+    The same tensors and metadata are the same bytes.
+    """
     with _replacing(path) as beside:
         beside.touch()
         mode = (path if path.exists() else beside).stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, metadata)
+        if metadata:
+            _sort_metadata(beside)
         beside.chmod(mode)  # save_file leaves it readable by its owner alone
         flush(beside)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, which come in a random order, into that of names."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+        file.write(text.encode().ljust(size))
 
 
 def make_folder(path: Path) -> None:

@@ -188,7 +188,7 @@ class Trainer:
     def optimizer(self) -> torch.optim.Optimizer:
         """Made when it is first asked for: torch imports its compiler for it, which takes long."""
         train, new_layers = self.config.train, self.start.new_layers
-        return _optimizer(train, self.model, self.metric_loss, new_layers)
+        return build_optimizer(train, self.model, self.metric_loss, new_layers)
 
     @classmethod
     def resume(
@@ -672,37 +672,58 @@ class Trainer:
             append_json_line(self.run / LOG, {"step": self.step, **values})
             self.tracking.log(self.step, values)
 
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Callable[[int, float], None]]:
-        """Show how far it is: a bar on a terminal, elsewhere a line a minute with the loss."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+    def _progress(self) -> AbstractContextManager[Callable[[int, float], None]]:
+        """See `step_progress`."""
+        return step_progress(
+            self.console,
+            done=self.step,
+            steps=self.config.train.steps,
+            batch_size=self.config.train.batch_size,
+            told=self.best is None,  # the first loss was told by itself
         )
-        off = not self.console.is_terminal  # where it would leave an empty line
-        with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
-            task = progress.add_task(
-                "training", total=self.config.train.steps, completed=self.step, loss="", rate=""
-            )
-            started, first = time.perf_counter(), self.step
-            told = started if self.best is None else -math.inf  # the first loss was told by itself
 
-            def advance(step: int, loss: float) -> None:
-                nonlocal told
-                now = time.perf_counter()
-                per_second = (step - first) / (now - started)
-                rate = f"{per_second * self.config.train.batch_size:.0f} images/s"
-                shown = f"loss {loss:.4f}"
-                progress.update(task, completed=step, loss=shown, rate=rate)
-                if off and now - told >= PROGRESS_SECONDS:
-                    told = now
-                    self._say(f"step {step:>6}  {shown}  {rate}")
 
-            yield advance
+@contextlib.contextmanager
+def step_progress(
+    console: Console, *, done: int, steps: int, batch_size: int, told: bool = False
+) -> Iterator[Callable[[int, float], None]]:
+    """Show how far a training is: a bar on a terminal, elsewhere a line a minute with the loss.
+
+    Args:
+        console: where.
+        done: steps before.
+        steps: all of them.
+        batch_size: images a step.
+        told: whether the first line is to come after a minute; else it does after the first step.
+
+    Returns:
+        What is to be told the number of steps done and the loss of the last.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    off = not console.is_terminal  # where it would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
+        task = progress.add_task("training", total=steps, completed=done, loss="", rate="")
+        started = time.perf_counter()
+        last = started if told else -math.inf
+
+        def advance(step: int, loss: float) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            rate = f"{(step - done) / (now - started) * batch_size:.0f} images/s"
+            shown = f"loss {loss:.4f}"
+            progress.update(task, completed=step, loss=shown, rate=rate)
+            if off and now - last >= PROGRESS_SECONDS:
+                last = now
+                console.print(f"step {step:>6}  {shown}  {rate}", highlight=False)
+
+        yield advance
 
 
 def _of_first(ranks: Ranks, own: Checkpoint) -> Checkpoint:
@@ -776,7 +797,7 @@ def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBala
     return ClassBalancedBatchSampler(labels, classes_per_batch, train.images_per_class, config.seed)
 
 
-def _optimizer(
+def build_optimizer(
     train: TrainConfig, model: nn.Module, metric_loss: nn.Module | None, new_layers: Set[str]
 ) -> torch.optim.Optimizer:
     """Group by rate and decay: biases and norms do not decay, biases and new layers are faster."""

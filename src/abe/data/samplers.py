@@ -1,7 +1,8 @@
 """Mini-batches as pure functions of a seed and the step.
 
 A sampler remembers nothing: `batch(step)` is the same whenever and wherever it is asked for, so
-the step is all that a checkpoint has to hold. A batch takes no pass over the data set.
+the step is all that a checkpoint has to hold. A batch takes no pass over the data set; only an
+epoch of `EpochBatchSampler` does.
 """
 
 from __future__ import annotations
@@ -127,6 +128,43 @@ class ClassBalancedBatchSampler:
         drawn = rng.choice(members, min(size, self._images_per_class), replace=False)
         again = rng.choice(members, self._images_per_class - len(drawn))
         return np.concatenate([drawn, again])
+
+
+class EpochBatchSampler:
+    """Batches of a classifier: every epoch takes the images in an order of its own.
+
+    What is left of an epoch, fewer images than a batch, is passed over: others in each.
+
+    Args:
+        num_images: N.
+        batch_size: 1 to N.
+        seed: another seed gives other batches.
+
+    Attributes:
+        steps_per_epoch: whole batches that there are of N images.
+
+    Raises:
+        InputError: there are fewer images than a batch has.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int = 0) -> None:
+        if num_images < batch_size:
+            raise InputError(
+                f"batch_size={batch_size}, but there are {num_images} images to learn from: "
+                "lower it"
+            )
+        self.batch_size = batch_size
+        self.steps_per_epoch = num_images // batch_size
+        self._num_images = num_images
+        self._seed = seed
+        self._drawn: tuple[int, np.ndarray] | None = None  # the latest epoch's order
+
+    def batch(self, step: int) -> np.ndarray:
+        """Indices of the images of a step; -> (batch_size,)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, _generator(self._seed, epoch).permutation(self._num_images)
+        return self._drawn[1][place * self.batch_size :][: self.batch_size]
 
 
 class _Classes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -58,15 +59,7 @@ class Splits:
 
         Of their classes and file names, wherever the files are; it is the same for both protocols.
         """
-        found = hashlib.sha256()
-        for part in (self._learned, [self.test], [self.gallery] if self.gallery else []):
-            names = sorted(
-                f"{images.class_names[label]}/{os.path.basename(images.describe(index))}"
-                for images in part
-                for index, label in enumerate(images.labels)
-            )
-            found.update("\n".join([*names, "\n"]).encode("utf-8", "surrogateescape"))
-        return found.hexdigest()[:12]
+        return images_digest(self._learned, [self.test], [self.gallery] if self.gallery else [])
 
     @property
     def learned_classes(self) -> list[str]:
@@ -99,6 +92,19 @@ class Splits:
         return facts
 
 
+def images_digest(*parts: Sequence[LabelledImages]) -> str:
+    """12 hexadecimal digits of the classes and file names in each of the parts, in any order."""
+    found = hashlib.sha256()
+    for part in parts:
+        names = sorted(
+            f"{images.class_names[label]}/{os.path.basename(images.describe(index))}"
+            for images in part
+            for index, label in enumerate(images.labels)
+        )
+        found.update("\n".join([*names, "\n"]).encode("utf-8", "surrogateescape"))
+    return found.hexdigest()[:12]
+
+
 def open_splits(
     config: DataConfig,
     protocol: Literal["val", "paper"],
@@ -122,27 +128,11 @@ def open_splits(
         InputError: no such data, a copy of a benchmark that is not complete, files that cannot be
             read, or too few classes to split.
     """
-    source = open_source(config)
-    images, split, ks, stamps, skipped = source
-    count = len(images)
-    kept = np.arange(count)
-    with progress(console, "reading images", count) as on_progress:
-        if config.cache and not isinstance(images, PreparedImages):  # those are in memory as it is
-            images = cached = cache_decoded(
-                images, config.resize, skip_broken=config.skip_broken, on_progress=on_progress
-            )
-            kept = cached.rows
-        elif isinstance(images, ImageFiles) and (check or config.skip_broken):
-            kept = check_images(images, config.skip_broken, on_progress=on_progress)
-            images = images.select(kept)
-    skipped += count - len(images)
-    if benchmark := benchmark_of(source):
-        stamps = benchmark.stamps(len(images))
+    images, split, ks, stamps, skipped = open_images(config, console, check=check)
     gallery = None
     if split is None:
         train, test = split_by_class(images, config.split_classes)
     else:
-        split = split[kept]
         train = images.select(np.flatnonzero(split == "train"))
         test = images.select(np.flatnonzero((split == "test") | (split == "query")))
         if "gallery" in split:
@@ -167,6 +157,32 @@ def open_splits(
         train=train.select(np.flatnonzero(~is_held_out)),
         select=train.select(np.flatnonzero(is_held_out)),
     )
+
+
+def open_images(
+    config: DataConfig, console: Console | None = None, *, check: bool = True
+) -> Source:
+    """Open the images that a configuration names, those left out that cannot be read.
+
+    The arguments and errors are those of `open_splits`.
+    """
+    source = open_source(config)
+    images, split, ks, stamps, skipped = source
+    count = len(images)
+    kept = np.arange(count)
+    with progress(console, "reading images", count) as on_progress:
+        if config.cache and not isinstance(images, PreparedImages):  # those are in memory as it is
+            images = cached = cache_decoded(
+                images, config.resize, skip_broken=config.skip_broken, on_progress=on_progress
+            )
+            kept = cached.rows
+        elif isinstance(images, ImageFiles) and (check or config.skip_broken):
+            kept = check_images(images, config.skip_broken, on_progress=on_progress)
+            images = images.select(kept)
+    skipped += count - len(images)
+    if benchmark := benchmark_of(source):
+        stamps = benchmark.stamps(len(images))
+    return Source(images, None if split is None else split[kept], ks, stamps, skipped)
 
 
 def open_source(config: DataConfig) -> Source:

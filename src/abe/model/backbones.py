@@ -130,6 +130,16 @@ def _with_width(
     return trunk(in_channels, width)
 
 
+def pretraining_form(backbone: Backbone) -> Backbone:
+    """What is trained in its place where it has no batch norm, which training from nothing takes.
+
+    Its stages are the same apart from the batch norm in them; else the backbone itself.
+    """
+    from abe.model.googlenet import GOOGLENET, GOOGLENET_UNFOLDED
+
+    return GOOGLENET_UNFOLDED if backbone is GOOGLENET else backbone
+
+
 def known_backbones() -> dict[str, Backbone]:
     """The backbones that have a name, by it."""
     from abe.model.googlenet import GOOGLENET, GOOGLENET_BN

@@ -3,7 +3,8 @@
 `GOOGLENET` is Caffe's (BVLC) network, the one the authors trained and the only one whose layer
 shapes give the parameters and operations of the paper's Tables 1 and 8: real 5x5 convolutions,
 biases, local response normalisation, ceil-mode pooling, no batch norm. Its modules carry BVLC's
-layer names with "/" turned into ".": `inception_4a/5x5_reduce` is `inception_4a.5x5_reduce`.
+layer names with "/" turned into ".": `inception_4a/5x5_reduce` is `inception_4a.5x5_reduce`. It is
+pretrained as `GOOGLENET_UNFOLDED`, with batch norm, which `abe.pretrain` folds into its layers.
 
 `GOOGLENET_BN` has torchvision's layer shapes and names: batch norm, no biases, no response
 normalisation, and 3x3 kernels where the paper has 5x5. Its torchvision weights fit; it is not the
@@ -12,13 +13,16 @@ paper's network.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from abe.data.transforms import Preprocessing
 from abe.model import fused
@@ -50,30 +54,50 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
 
 
+class ConvBN(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU, with torchvision's names `conv` and `bn`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+        self.relu = nn.ReLU(inplace=True)
+        self.out_channels = out_channels
+
+
+Convolution = Callable[..., nn.Conv2d | ConvBN]
+"""Channels of the input and the output, kernel and stride -> layer: `_conv` or `ConvBN`."""
+
+
 class Stem(nn.Sequential):
     """Convolutions named as BVLC names them, a ReLU after each; (B, C, H, W) -> (B, C', h, w)."""
 
-    def __init__(self, convolutions: dict[str, nn.Conv2d]) -> None:
+    def __init__(self, convolutions: dict[str, nn.Conv2d | ConvBN]) -> None:
         super().__init__()
         for name, convolution in convolutions.items():
             self.add_module(name, convolution)
-            self.add_module(f"relu_{name}", nn.ReLU(inplace=True))
+            if isinstance(convolution, nn.Conv2d):  # the other has its own
+                self.add_module(f"relu_{name}", nn.ReLU(inplace=True))
             self.out_channels = convolution.out_channels
 
 
 class Inception(nn.Module):
     """An inception block of Caffe's GoogLeNet; (B, C, h, w) -> (B, C', h, w)."""
 
+    convolution: ClassVar[Convolution] = staticmethod(_conv)
+
     def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
         super().__init__()
         c1x1, c3x3_reduce, c3x3, c5x5_reduce, c5x5, pool_proj = channels
-        self.add_module("1x1", _conv(in_channels, c1x1, 1))
-        self.add_module("3x3_reduce", _conv(in_channels, c3x3_reduce, 1))
-        self.add_module("3x3", _conv(c3x3_reduce, c3x3, 3))
-        self.add_module("5x5_reduce", _conv(in_channels, c5x5_reduce, 1))
-        self.add_module("5x5", _conv(c5x5_reduce, c5x5, 5))
+        self.add_module("1x1", self.convolution(in_channels, c1x1, 1))
+        self.add_module("3x3_reduce", self.convolution(in_channels, c3x3_reduce, 1))
+        self.add_module("3x3", self.convolution(c3x3_reduce, c3x3, 3))
+        self.add_module("5x5_reduce", self.convolution(in_channels, c5x5_reduce, 1))
+        self.add_module("5x5", self.convolution(c5x5_reduce, c5x5, 5))
         self.add_module("pool", nn.MaxPool2d(3, stride=1, padding=1))
-        self.add_module("pool_proj", _conv(in_channels, pool_proj, 1))
+        self.add_module("pool_proj", self.convolution(in_channels, pool_proj, 1))
         self.out_channels = c1x1 + c3x3 + c5x5 + pool_proj
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,6 +118,19 @@ class Inception(nn.Module):
         y1x1, y3x3, y5x5 = map(F.relu, F.conv2d(x, weight, bias).split(sizes, dim=1))
         outputs = [layer["3x3"](y3x3), layer["5x5"](y5x5), layer["pool_proj"](layer["pool"](x))]
         return torch.cat([y1x1, *map(torch.relu_, outputs)], dim=1)
+
+
+class InceptionUnfolded(Inception):
+    """The same block with batch norm after each convolution; (B, C, h, w) -> (B, C', h, w)."""
+
+    convolution = ConvBN
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the four branches along the channels."""
+        layer: dict[str, Any] = self._modules
+        y3x3 = layer["3x3"](layer["3x3_reduce"](x))
+        y5x5 = layer["5x5"](layer["5x5_reduce"](x))
+        return torch.cat((layer["1x1"](x), y3x3, y5x5, layer["pool_proj"](layer["pool"](x))), 1)
 
 
 class ResponseNorm(nn.Module):
@@ -175,16 +212,17 @@ def _inception_stages(
     return {name: stage(name, channels) for name, channels in _INCEPTION.items()}
 
 
-def _googlenet_stages() -> tuple[Stage, ...]:
-    inception = _inception_stages("inception_", Inception)
+def _googlenet_stages(block: type[Inception]) -> tuple[Stage, ...]:
+    conv = block.convolution
+    inception = _inception_stages("inception_", block)
     return (
-        Stage("conv1", lambda in_channels: Stem({"7x7_s2": _conv(in_channels, 64, 7, stride=2)})),
+        Stage("conv1", lambda in_channels: Stem({"7x7_s2": conv(in_channels, 64, 7, stride=2)})),
         Stage("pool1", _max_pool),
         Stage("norm1", ResponseNorm),
         Stage(
             "conv2",
             lambda in_channels: Stem(
-                {"3x3_reduce": _conv(in_channels, 64, 1), "3x3": _conv(64, 192, 3)}
+                {"3x3_reduce": conv(in_channels, 64, 1), "3x3": conv(64, 192, 3)}
             ),
         ),
         Stage("norm2", ResponseNorm),
@@ -199,7 +237,7 @@ def _googlenet_stages() -> tuple[Stage, ...]:
 
 GOOGLENET = Backbone(
     name="googlenet",
-    stages=_googlenet_stages(),
+    stages=_googlenet_stages(Inception),
     branch_point="pool3",
     attention_depth=5,
     min_image_size=31,
@@ -207,21 +245,35 @@ GOOGLENET = Backbone(
     preprocessing=Preprocessing(),
 )
 
+# How it is pretrained. Near unit scale, where batch norm leaves them, activations pass Caffe's
+# response norm almost as they are, so it does without. The scale is the input's: in conv1 it would
+# make weights 58 times smaller and their gradients as much larger, too large for the others' rate.
+GOOGLENET_UNFOLDED = dataclasses.replace(
+    GOOGLENET,
+    stages=tuple(
+        stage
+        for stage in _googlenet_stages(InceptionUnfolded)
+        if stage.name not in ("norm1", "norm2")
+    ),
+    preprocessing=Preprocessing(scale=1 / 58),
+)
+
+
+def folded(part: nn.Module) -> dict[str, Tensor]:
+    """The layers of a part of `GOOGLENET_UNFOLDED` as `GOOGLENET` has them, under BVLC's names.
+
+    Batch norm, as it is in evaluation mode, becomes a part of each convolution's weight and bias.
+    """
+    state = {}
+    for name, layer in copy.deepcopy(part).eval().named_modules():
+        if isinstance(layer, ConvBN):
+            convolution = fuse_conv_bn_eval(layer.conv, layer.bn)
+            for key, value in convolution.named_parameters():
+                state[f"{name.replace('.', '/')}.{key}"] = value.detach()
+    return state
+
 
 # --- torchvision's GoogLeNet -------------------------------------------------------------------
-
-
-class ConvBN(nn.Sequential):
-    """Convolution without bias, batch norm, ReLU, with torchvision's names `conv` and `bn`."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False
-        )
-        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
-        self.relu = nn.ReLU(inplace=True)
-        self.out_channels = out_channels
 
 
 class InceptionBN(nn.Module):
