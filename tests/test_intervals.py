@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from abe.intervals import Interval, bootstrap, exceeds, is_within, pack, unpack
+from abe.intervals import (
+    Interval,
+    bootstrap,
+    does_not_exceed,
+    exceeds,
+    is_within,
+    of_means,
+    pack,
+    unpack,
+)
 
 
 def test_bootstrap_is_that_of_loops() -> None:
@@ -47,19 +56,28 @@ def test_differences_of_pairs_are_surer_than_those_of_strangers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "more", "similar"),
+    ("low", "high", "more", "similar", "not_more"),
     [
-        (0.01, 0.03, "shown", "not shown"),
-        (0.03, 0.05, "shown", "refuted"),
-        (-0.01, 0.01, "not shown", "shown"),
-        (-0.05, -0.03, "refuted", "refuted"),
-        (-0.05, 0.05, "not shown", "not shown"),
+        (0.01, 0.03, "shown", "not shown", "refuted"),
+        (0.03, 0.05, "shown", "refuted", "refuted"),
+        (-0.01, 0.01, "not shown", "shown", "shown"),
+        (-0.05, -0.03, "refuted", "refuted", "shown"),
+        (-0.05, 0.05, "not shown", "not shown", "not shown"),
     ],
 )
-def test_verdicts(low: float, high: float, more: str, similar: str) -> None:
+def test_verdicts(low: float, high: float, more: str, similar: str, not_more: str) -> None:
     difference = Interval((low + high) / 2, low, high)
     assert exceeds(difference) == more
     assert is_within(difference, 0.02) == similar
+    assert does_not_exceed(difference, 0.02) == not_more
+
+
+def test_three_means_cover_their_mean_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    found = [of_means(generator.normal(0.5, 0.1, size=3)) for _ in range(1000)]
+    assert 0.93 <= np.mean([each.low <= 0.5 <= each.high for each in found]) <= 0.97
+    assert of_means(np.array([0.5])) == Interval(0.5, -np.inf, np.inf)
+    assert of_means(np.array([0.5, 0.5])) == Interval(0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("count", [1, 8, 3043])

@@ -38,7 +38,7 @@ TINY = [
         "data.resize=40",
         "data.crop=32",
         "data.val_classes=0.5",
-        "train.batch_size=8",
+        "train.batch_size=16",  # more than 2 classes of 4: batches are made to fit
         "train.steps=2",
         "train.eval_every=1",
     )
@@ -114,7 +114,8 @@ def test_columns_of_cub_and_of_cars() -> None:
 
 
 def test_the_papers_setting_is_cut_nowhere_and_small_says_where() -> None:
-    assert cuts(full().base) == []
+    photographs = full().base.with_overrides(["data.source=cars196", "data.root=data"])
+    assert cuts(photographs) == []
     assert "train.steps 10000 -> 120" in cuts(small(True).base)
     assert "data.crop 224 -> 96" in cuts(small(True).base)
 
@@ -176,9 +177,37 @@ def test_three_seeds_decide_a_claim() -> None:
     assert shown.difference.mean == pytest.approx(difference)
     assert judge(alike, rows).shown == "+0.70 [+0.70, +0.70], 3 seeds"
     assert judge(Claim(claim.less, claim.more), rows).verdict == "refuted"
-    assert judge(replace(claim, similar=True), rows).verdict == "refuted"
+    assert judge(replace(claim, relation="similar to"), rows).verdict == "refuted"
+    assert judge(replace(claim, relation="not above"), rows).verdict == "refuted"
     assert judge(claim, rows_of(arms, better_and_worse(2))).verdict == "open, 3 seeds decide"
     assert judge(claim, rows_of(arms, {})).verdict == "not run"
+
+
+def test_only_the_same_queries_of_the_same_seeds_are_pairs() -> None:
+    arms, (claim, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    records = better_and_worse(3)
+    paired = judge(claim, rows_of(arms, records)).difference
+    swapped = {name: list(reversed(runs)) for name, runs in records.items()}
+    assert judge(claim, rows_of(arms, swapped)).difference == paired
+    strangers = {arms[0].name: records[arms[0].name], arms[1].name: []}
+    for run, other in zip(records[arms[1].name], (1, 2, 0), strict=True):
+        strangers[arms[1].name].append(run | {"seed": other})
+    apart = judge(claim, rows_of(arms, strangers)).difference
+    assert paired is not None
+    assert apart is not None
+    assert apart.high - apart.low > 1.2 * (paired.high - paired.low)
+    records[arms[1].name][0]["scores"]["hits@1"]["order"] = "another"
+    assert judge(claim, rows_of(arms, records)).seeds == 2
+
+
+def test_a_rate_of_fewer_seeds_is_not_chosen() -> None:
+    arm = EXPERIMENTS["table2"].arms(4)[0]
+    half = [True, False]
+    runs = [record(arm, seed, half, rate=0.003) for seed in range(3)]
+    lucky = record(arm, 0, half, rate=0.01) | {"selection_recall@1": 0.9}
+    (row,) = rows_of([arm], {arm.name: [*runs, lucky]})
+    assert row.found is not None
+    assert (row.found.seeds, row.found.record["config"]["train"]["lr"]) == (3, 0.003)
 
 
 def test_rates_are_chosen_by_held_out_classes_and_lines_without_hits_do_not_count() -> None:
@@ -208,6 +237,16 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     for runs in found.values():
         assert all(f"`{r['config_digest']}`" in line for r in runs)
     assert "not run here: `abe reproduce table6" in page
+    assert (
+        len([line for line in page.splitlines() if "**" in line]) == 3
+    )  # two of table2, one of fig5
+
+
+def test_the_page_compares_no_runs_of_different_starts() -> None:
+    better, worse = better_and_worse(3).values()
+    other = {"source": "start", "sha256": "f" * 16}
+    page = results_page([*better, *(run | {"weights": other} for run in worse)])
+    assert "**" not in page
 
 
 def test_docs_results_is_made_of_the_results() -> None:
@@ -260,6 +299,34 @@ def test_a_budget_begins_nothing_that_would_end_later(tmp_path: Path) -> None:
     assert (done.returncode, trained(done)) == (0, 0)
     assert "4 runs are not begun" in done.stderr
     assert "4 of 4 runs are missing" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_folders_of_one_name_are_two_sets_of_images(tmp_path: Path) -> None:
+    for place, first in (("a", 0), ("b", 100)):
+        for label in range(8):
+            (tmp_path / place / "images" / f"class {label}").mkdir(parents=True)
+            for number in range(4):
+                noise = np.random.default_rng(first + label).integers(256, size=(40, 40, 3))
+                file = tmp_path / place / "images" / f"class {label}" / f"{first + number}.png"
+                Image.fromarray(noise.astype(np.uint8)).save(file)
+    for place in ("a", "b"):
+        done = reproduce(tmp_path, "fig6", f"--data={place}/images", "--seeds=1")
+        assert (done.returncode, trained(done)) == (0, 1), done.stderr
+        assert "runs are missing" not in done.stdout
+    (tmp_path / "a").rename(tmp_path / "moved")
+    done = reproduce(tmp_path, "fig6", "--data=moved/images", "--seeds=1")
+    assert (done.returncode, trained(done)) == (0, 0), done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_not_tried_again(tmp_path: Path) -> None:
+    wild = ("--rate=1e30", "--seeds=1", "--set=train.steps=6")
+    first, again = (reproduce(tmp_path, "fig6", *wild) for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    assert "lower train.lr" in first.stderr
+    assert "lower train.lr" not in again.stderr
+    assert len(lines(tmp_path)) == 2  # raw pixels, and the run at the rate 0.01
 
 
 @pytest.mark.slow

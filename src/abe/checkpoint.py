@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from abe.config import Config
 from abe.data.transforms import Preprocessing
-from abe.errors import InputError
+from abe.errors import InputError, TakenError
 from abe.model.ensemble import AttentionEnsemble
 from abe.runtime import (
     flush,
@@ -255,7 +255,7 @@ def set_aside_newer(run: Path, step: int | None) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         else:
-            raise InputError(
+            raise TakenError(
                 f"{run} has been trained by another process meanwhile: go on with "
                 f"`{resume_command(run)}`"
             )

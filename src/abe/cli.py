@@ -397,11 +397,10 @@ def results(
         from abe.verdicts import results_page
 
         replace_text(page, results_page(records))
-        return
     table = markdown_table(summarize(records))
-    if into is None:
+    if into is None and page is None:
         typer.echo(table)
-    else:
+    if into is not None:
         try:
             text = replace_between(into.read_text(encoding="utf-8"), "results", table)
         except ValueError as error:  # not in UTF-8, or without the comments
@@ -471,8 +470,8 @@ def reproduce(
         typer.Option(
             "--rate",
             metavar="RATE",
-            help="Learning rate to choose from, by held-out classes. Repeatable. Default: the "
-            "scale's.",
+            help="Learning rate to choose from, by held-out classes, of rows that have none of "
+            "their own. Repeatable. Default: the scale's.",
         ),
     ] = None,
     budget: Annotated[
@@ -528,7 +527,7 @@ def reproduce(
         skip_broken=skip_broken,
         allow_partial=allow_partial,
     )
-    base = chosen.base.with_overrides(settings).anchored()
+    base = chosen.base.with_overrides(settings)
     chosen = replace(chosen, base=base, rates=tuple(rates or chosen.rates))
     results.parent.mkdir(parents=True, exist_ok=True)
     whole = Reproduction(chosen, scale, results, folder, err, seeds)

@@ -152,9 +152,11 @@ def evaluate_test(
     else:
         gallery_labels, candidates = splits.gallery.labels, len(splits.gallery)
     ks = [k for k in splits.ks if k <= candidates]
+    scores = score(embeddings, splits.test.labels, ks, gallery, gallery_labels, ranks)
+    scores["hits@1"]["order"] = splits.test_order
     record = result_record(
         config,
-        scores=score(embeddings, splits.test.labels, ks, gallery, gallery_labels, ranks),
+        scores=scores,
         best=best,
         data=facts or splits.describe(),
         images_digest=splits.digest,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 Verdict = Literal["shown", "not shown", "refuted"]
 LEVEL = 0.95
@@ -51,6 +52,18 @@ def bootstrap(values: NDArray[Any], seed: int = 0) -> Interval:
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def of_means(values: NDArray[np.float64]) -> Interval:
+    """The mean of one value of each seed, (S,), by Student's t: of one seed nothing follows."""
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(mean, -np.inf, np.inf)
+    error = float(values.std(ddof=1)) / len(values) ** 0.5
+    if not error:
+        return Interval(mean, mean, mean)
+    low, high = student_t.interval(LEVEL, len(values) - 1, mean, error)
+    return Interval(mean, float(low), float(high))
+
+
 def exceeds(difference: Interval) -> Verdict:
     """Whether what the difference is of is larger than what is subtracted."""
     if difference.low > 0:
@@ -63,6 +76,13 @@ def is_within(difference: Interval, margin: float) -> Verdict:
     if -margin < difference.low and difference.high < margin:
         return "shown"
     return "refuted" if difference.low > margin or difference.high < -margin else "not shown"
+
+
+def does_not_exceed(difference: Interval, margin: float) -> Verdict:
+    """Whether the difference is at most a margin."""
+    if difference.high < margin:
+        return "shown"
+    return "refuted" if difference.low > 0 else "not shown"
 
 
 def pack(hits: NDArray[np.bool_]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from abe.report.reproduced import draw
 from abe.results import append_record, is_baseline, read_records
 from abe.runtime import autocast, choose_device, choose_precision, replace_text
 from abe.start import build_model
-from abe.train import DivergedError, Trainer
+from abe.train import DivergedError, Trainer, with_batches_that_fit
 from abe.verdicts import (
     Judged,
     Row,
@@ -39,9 +39,12 @@ from abe.verdicts import (
     cuts,
     judge,
     markdown,
+    papers_images,
     rows_of,
     values_of,
 )
+
+DIVERGED = "diverged.txt"  # in the folder of a run that is not tried again
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,19 @@ class Reproduction:
             for arm, gflop in zip(arms, gflops, strict=True):
                 for rate in arm.rates or self.scale.rates:
                     settings = [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
-                    runs.append(Run(arm, self.scale.base.with_overrides(settings), gflop))
+                    config = self.scale.base.with_overrides(settings)
+                    runs.append(Run(arm, with_batches_that_fit(config, self.splits), gflop))
         return runs
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Those that have no line yet."""
+        """Those that have no line yet, and did not diverge."""
         done = {r["config_digest"] for r in self._records() if not is_baseline(r)}
-        return [run for run in runs if run.config.digest not in done]
+        return [
+            run
+            for run in runs
+            if run.config.digest not in done
+            and not (self._run_folder(run.config.digest) / DIVERGED).exists()
+        ]
 
     def train(self, runs: Sequence[Run], budget: float | None, go_on: str) -> bool:
         """Train one after the other, and add a line for each.
@@ -156,7 +165,7 @@ class Reproduction:
                 f"seed {config.seed}"
             )
             started = time.monotonic()
-            folder = self.folder / "runs" / config.digest
+            folder = self._run_folder(config.digest)
             begun = bool(checkpoints(folder))
             try:
                 record = Trainer.begin(config, folder, self.console).fit(go_on)
@@ -164,22 +173,27 @@ class Reproduction:
                 self.console.print(f"{folder} is left to the process that trains it")
                 continue
             except DivergedError as error:
-                self.console.print(f"{error}: this run is missing", markup=False)
+                self.console.print(f"{error}", markup=False)
+                replace_text(folder / DIVERGED, f"{error}\n")
                 continue
             if record is None:
                 return False
-            append_record(self.results, record)
+            if self.missing([run]):  # or another process has scored it meanwhile
+                append_record(self.results, record)
             if not begun:
                 speed = [*speed, run.gflop / (time.monotonic() - started)][-5:]
         return True
 
     def score_baselines(self) -> None:
         """Raw pixels and the pretrained start, if they have no line."""
-        digest = self.scale.base.digest
-        if not any(is_baseline(r) and r["config_digest"] == digest for r in self._records()):
+        base = self.scale.base
+        names = {"raw pixels"} | ({"pretrained start"} if base.model.weights else set())
+        own = (r for r in self._records() if is_baseline(r) and r["config_digest"] == base.digest)
+        if missing := names - {record["method"] for record in own}:
             self.console.print("Scoring raw pixels and the pretrained start ...")
-            for evaluation in evaluate_baselines(self.scale.base, self.splits).values():
-                append_record(self.results, evaluation.record)
+            for name, evaluation in evaluate_baselines(base, self.splits).items():
+                if name in missing:
+                    append_record(self.results, evaluation.record)
 
     def write(self, name: str, experiment: Experiment) -> Outcome:
         """The table, its verdicts and its picture, of the lines that there are."""
@@ -205,8 +219,8 @@ class Reproduction:
         missing = len(self.missing(runs))
         text = [
             f"# {name}: {experiment.title}",
-            f"{data}; the paper's column is of {' and '.join(experiment.benchmarks)}. "
-            "%; ours with the 95 % interval over seeds and queries.",
+            f"{data}, in percent, with the 95 % interval over seeds and queries; what is said to "
+            f"be the paper's is of {papers_images(experiment, data)}.",
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             f"{missing} of {len(runs)} runs are missing." if missing else "",
@@ -218,7 +232,7 @@ class Reproduction:
         replace_text(files[0], "\n\n".join(part for part in text if part) + "\n")
         replace_text(files[1], csv_text(values))
         folders = {
-            row.arm.name: self.folder / "runs" / row.found.record["config_digest"]
+            row.arm.name: self._run_folder(row.found.record["config_digest"])
             for row in rows
             if row.found is not None and row.arm.settings
         }
@@ -257,6 +271,10 @@ class Reproduction:
 
         seconds = statistics.median([step() for _ in range(4)][1:])
         return 6 * count_macs(model, side) * images / 1e9 / seconds
+
+    def _run_folder(self, digest: str) -> Path:
+        """Of a configuration on these images: others may be called the same."""
+        return self.folder / "runs" / f"{digest}-{self.splits.digest}"
 
     def _records(self) -> list[dict[str, Any]]:
         """The lines of these images."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
+from abe.intervals import unpack
 from abe.ranks import Ranks
 from abe.runtime import (
     append_json_line,
@@ -170,6 +171,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         try:
             markdown_table(summarize([record]))
+            Config.from_json(record["config"])
+            if "hits@1" in record["scores"]:
+                unpack(record["scores"]["hits@1"])
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{path}, line {number} is no result of `abe train` or `abe eval` ({error!r}): "
@@ -285,10 +289,10 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     """Group records by everything but seed and learning rate, and average over seeds.
 
     A run that was scored again counts once: the last record of a seed and rate is taken.
-    Of several learning rates the one with the best Recall@1 on the images that the protocol
-    selects by is kept, on average over its seeds. Scores are those of the ensemble that all of the
-    seeds have, "learner recall@1" and "best learner recall@1" (mean and maximum of the learners)
-    and "learner cosine".
+    Of several learning rates, those with the most seeds, the one with the best Recall@1 on the
+    images that the protocol selects by is kept, on average over its seeds. Scores are those of the
+    ensemble that all of the seeds have, "learner recall@1" and "best learner recall@1" (mean and
+    maximum of the learners) and "learner cosine".
     """
     groups: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for record in records:
@@ -298,7 +302,9 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     summaries = []
     for by_seed in groups.values():
         by_rate = {rate: [runs[seed] for seed in sorted(runs)] for rate, runs in by_seed.items()}
-        best = max(by_rate, key=lambda rate: _selection_recall(by_rate[rate]))
+        most = max(map(len, by_rate.values()))
+        whole = [rate for rate, runs in by_rate.items() if len(runs) == most]
+        best = max(whole, key=lambda rate: _selection_recall(by_rate[rate]))
         values = [_scores(record) for record in by_rate[best]]
         names = [name for name in values[0] if all(name in value for value in values)]
         columns = {name: [value[name] for value in values] for name in names}

@@ -223,12 +223,17 @@ class Trainer:
     def begin(cls, config: Config, run: Path, console: Console | None = None) -> Trainer:
         """A trainer that goes on in `run` if it has a checkpoint, and else begins there.
 
+        The images may have been moved in between.
+
         Raises:
             InputError: as the class and `resume` do.
         """
-        if checkpoints(run):
-            return cls.resume(run, console, device=config.device)
-        return cls(config, run, console)
+        if not checkpoints(run):
+            return cls(config, run, console)
+        where = [
+            f"data.{key}={json.dumps(getattr(config.data, key))}" for key in ("source", "root")
+        ]
+        return cls.resume(run, console, device=config.device, overrides=where)
 
     def fit(self, go_on: str | None = None) -> dict[str, Any] | None:
         """Train to the last step, pick the checkpoint, score the test images once.
@@ -505,15 +510,13 @@ class Trainer:
 
     def _with_batches_that_fit(self) -> Config:
         """The configuration, with fewer classes a batch where there are not as many."""
-        train, classes = self.config.train, len(np.unique(self.splits.train.labels))
-        fits = max(2, classes) * train.images_per_class
-        if train.sampler != "classes" or train.batch_size <= fits:
-            return self.config
-        self._say(
-            f"There are {classes} classes to learn from: batches have {fits} images in place of "
-            f"{train.batch_size}"
-        )
-        return self.config.with_overrides([f"train.batch_size={fits}"])
+        found = with_batches_that_fit(self.config, self.splits)
+        if found != self.config:
+            self._say(
+                f"There are few classes to learn from: batches have {found.train.batch_size} "
+                f"images in place of {self.config.train.batch_size}"
+            )
+        return found
 
     def _say(self, text: str) -> None:
         """Print what may hold paths: as it is, unbroken."""
@@ -787,6 +790,15 @@ def lr_factor(step: int, train: TrainConfig) -> float:
 
 def _warm_up(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+def with_batches_that_fit(config: Config, splits: Splits) -> Config:
+    """The configuration, with fewer classes a batch where there are not as many to learn from."""
+    train = config.train
+    fits = max(2, len(np.unique(splits.train.labels))) * train.images_per_class
+    if train.sampler != "classes" or train.batch_size <= fits:
+        return config
+    return config.with_overrides([f"train.batch_size={fits}"])
 
 
 def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBalancedBatchSampler:

@@ -61,6 +61,12 @@ class Splits:
         """
         return images_digest(self._learned, [self.test], [self.gallery] if self.gallery else [])
 
+    @cached_property
+    def test_order(self) -> str:
+        """12 hexadecimal digits of the test images' file names, in their order."""
+        names = (os.path.basename(self.test.describe(i)) for i in range(len(self.test)))
+        return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
     @property
     def learned_classes(self) -> list[str]:
         """Names of the classes that are learned from or, under "val", selected by."""
