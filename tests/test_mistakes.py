@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -629,6 +630,7 @@ def make(mistake: Mistake) -> tuple[object, str]:
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, ENVIRONMENT),
+        mock.patch.object(urllib.request, "_opener", None),  # it keeps the proxies it saw first
         mock.patch.object(torch.cuda, "is_available", return_value=False),
     ):
         mistake.given()

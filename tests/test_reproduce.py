@@ -237,9 +237,7 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     for runs in found.values():
         assert all(f"`{r['config_digest']}`" in line for r in runs)
     assert "not run here: `abe reproduce table6" in page
-    assert (
-        len([line for line in page.splitlines() if "**" in line]) == 3
-    )  # two of table2, one of fig5
+    assert len([line for line in page.splitlines() if "**" in line]) == 3
 
 
 def test_the_page_compares_no_runs_of_different_starts() -> None:
