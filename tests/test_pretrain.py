@@ -480,7 +480,7 @@ def test_the_command_makes_a_start_that_train_takes(photos: Path, tmp_path: Path
     again = abe("pretrain", "--data", photos, *settings, folder=tmp_path)
     assert again.returncode == 2
     assert re.search(
-        r"holds a start that was begun: go on with `.*abe pretrain --resume", again.stderr
+        r"holds a start that was begun: go on with `.*abe.? pretrain --resume", again.stderr
     )
     sizes = ["data.resize=40", "data.crop=32", "protocol=paper", "train.steps=1"]
     model = ["model.num_learners=2", "model.embedding_dim=8", "train.batch_size=8", "tracking=none"]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 
 Verdict = Literal["shown", "not shown", "refuted"]
 LEVEL = 0.95
@@ -54,6 +53,8 @@ def bootstrap(values: NDArray[Any], seed: int = 0) -> Interval:
 
 def of_means(values: NDArray[np.float64]) -> Interval:
     """The mean of one value of each seed, (S,), by Student's t: of one seed nothing follows."""
+    from scipy.stats import t as student_t  # takes long, and training records hits alone
+
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, -np.inf, np.inf)

@@ -513,8 +513,9 @@ class Trainer:
         found = with_batches_that_fit(self.config, self.splits)
         if found != self.config:
             self._say(
-                f"There are few classes to learn from: batches have {found.train.batch_size} "
-                f"images in place of {self.config.train.batch_size}"
+                f"There are {len(np.unique(self.splits.train.labels))} classes to learn from: "
+                f"batches have {found.train.batch_size} images in place of "
+                f"{self.config.train.batch_size}"
             )
         return found
 
