@@ -506,7 +506,7 @@ def reproduce(
     from dataclasses import replace
 
     from abe.experiments import full, get_experiments, small
-    from abe.reproduce import Outcome, Reproduction, dry_run
+    from abe.reproduce import Reproduction, dry_run
     from abe.reproduce import reproduce as run
     from abe.runtime import seconds_of, typed
 
@@ -535,9 +535,9 @@ def reproduce(
         out.print(dry_run(whole, experiments))
         return
 
-    def show(name: str, outcome: Outcome) -> None:
-        typer.echo(outcome.files[0].read_text(encoding="utf-8"))
-        out.print(f"Written: {', '.join(map(str, outcome.files))}")
+    def show(files: list[Path]) -> None:
+        typer.echo(files[0].read_text(encoding="utf-8"))
+        out.print(f"Written: {', '.join(map(str, files))}")
 
     if not run(whole, experiments, budget=limit, go_on=typed(*sys.argv[1:]), show=show):
         raise typer.Exit(130)

@@ -59,8 +59,8 @@ from abe.train import (
     LOCK,
     LOG,
     build_optimizer,
-    lr_factor,
-    read_log,
+    forget_later_steps,
+    set_rate,
     step_progress,
 )
 
@@ -218,9 +218,8 @@ class Pretrainer:
     def _begin(self) -> None:
         remove_unfinished(self.folder)
         log = self.folder / LOG
-        if log.exists():  # what comes after the checkpoint is done and logged again
-            kept = read_log(log, self.saved_step or 0)
-            replace_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+        if log.exists():
+            forget_later_steps(log, self.saved_step or 0)
         write_json(self.folder / "config.json", self.config.to_json())
         facts = self.images.describe()
         write_json(self.folder / IMAGES, facts)
@@ -286,9 +285,7 @@ class Pretrainer:
             raise InputError(
                 f"the loss is {loss.item()} at step {self.step}: lower lr ({self.config.lr})"
             )
-        factor = lr_factor(self.step, self.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        set_rate(self.optimizer, self.step, self.schedule)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -32,8 +32,6 @@ from abe.runtime import autocast, choose_device, choose_precision, replace_text
 from abe.start import build_model
 from abe.train import DivergedError, Trainer, with_batches_that_fit
 from abe.verdicts import (
-    Judged,
-    Row,
     counts,
     csv_text,
     cuts,
@@ -60,23 +58,6 @@ class Run:
     arm: Arm
     config: Config
     gflop: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an experiment has come to.
-
-    Attributes:
-        rows: its arms and what they found so far.
-        judged: the verdicts on its claims.
-        missing: how many runs there is no line of.
-        files: what was written: Markdown, CSV and, if it can be drawn, a picture.
-    """
-
-    rows: Sequence[Row]
-    judged: Sequence[Judged]
-    missing: int
-    files: Sequence[Path]
 
 
 @dataclass
@@ -195,8 +176,12 @@ class Reproduction:
                 if name in missing:
                     append_record(self.results, evaluation.record)
 
-    def write(self, name: str, experiment: Experiment) -> Outcome:
-        """The table, its verdicts and its picture, of the lines that there are."""
+    def write(self, name: str, experiment: Experiment) -> list[Path]:
+        """The table, its verdicts and its picture, of the lines that there are.
+
+        Returns:
+            What was written: Markdown, CSV and, if it can be drawn, a picture.
+        """
         runs = self.plan(experiment)
         of_digest = {run.config.digest: run.arm.name for run in runs}
         of_baselines = self.scale.base.digest
@@ -239,7 +224,7 @@ class Reproduction:
         picture = stem.with_name(f"{stem.name}.png")
         if draw(experiment, values, folders, self.splits, picture, self.console):
             files.append(picture)
-        return Outcome(rows, judged, missing, files)
+        return files
 
     def cuts(self, experiment: Experiment) -> list[str]:
         """Where this scale is smaller than the paper, on these images."""
@@ -301,7 +286,7 @@ def reproduce(
     *,
     budget: float | None,
     go_on: str,
-    show: Callable[[str, Outcome], None],
+    show: Callable[[list[Path]], None],
 ) -> bool:
     """Run what is missing of some experiments, and write and show what there is of each.
 
@@ -316,7 +301,7 @@ def reproduce(
             left = None if budget is None else budget - (time.monotonic() - began)
             missing = reproduction.missing(reproduction.plan(experiment))
             going = reproduction.train(missing, left, go_on)
-        show(name, reproduction.write(name, experiment))
+        show(reproduction.write(name, experiment))
     return going
 
 

@@ -36,6 +36,8 @@ from abe.runtime import (
 )
 from abe.shards import Shards
 
+EMBEDDINGS = "embeddings.safetensors"  # of a run: those of its test images
+
 
 def method_name(config: Config) -> str:
     """The paper's way to name a network: ABE-8^512, 1-head^512, 8-tails^512."""
@@ -113,7 +115,7 @@ def write_result(
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
-    saved, result = folder / "embeddings.safetensors", folder / "result.json"
+    saved, result = folder / EMBEDDINGS, folder / "result.json"
     tensors = {"embeddings": Shards(embeddings, ranks)}
     if gallery is not None:
         tensors["gallery"] = Shards(gallery, ranks)

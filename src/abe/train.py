@@ -44,6 +44,7 @@ from abe.checkpoint import (
 )
 from abe.chunks import backward_in_chunks, embed_in_chunks
 from abe.config import Config, TrainConfig
+from abe.data.classes import class_indices
 from abe.data.datasets import PROGRESS_SECONDS, LabelledImages
 from abe.data.decode import ReadingError
 from abe.data.loader import Batch, training_batches
@@ -408,9 +409,7 @@ class Trainer:
         if not math.isfinite(loss.total.item()):
             self._refuse(f"the loss is {loss.total.item()}", batch)
 
-        factor = lr_factor(self.step, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        factor = set_rate(self.optimizer, self.step, train)
         loss.total.backward()
         self._backward(batch.images, own, raw)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -488,16 +487,14 @@ class Trainer:
 
     def _metric_loss(self) -> tuple[nn.Module | None, Tensor]:
         """The loss in place of Eq. 10, if any, and label -> class index among those trained on."""
-        classes = np.unique(self.splits.train.labels)
-        index = torch.full((int(classes.max()) + 1,), -1)
-        index[torch.as_tensor(classes)] = torch.arange(len(classes))
+        index = class_indices(self.splits.train.labels)
         if self.config.train.metric_loss == "contrastive":
             return None, index.to(self.device)
         loss = metric_loss_from_spec(
             self.config.train.metric_loss,
             num_learners=self.model.num_learners,
             learner_dim=self.model.learner_dim,
-            num_classes=len(classes),
+            num_classes=int(index.max()) + 1,
         )
         return loss.to(self.device), index.to(self.device)
 
@@ -538,7 +535,7 @@ class Trainer:
                 },
             )
         else:
-            self._forget_later_steps()
+            forget_later_steps(self.run / LOG, self.step)
             remove_superseded(self.run, keep=self.best)  # if a kill came before that
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
@@ -639,11 +636,6 @@ class Trainer:
         self.preprocessing = checkpoint.preprocessing
         checkpoint.load_into(self.model)
         checkpoint.load_training_into(self.optimizer, self.metric_loss)
-
-    def _forget_later_steps(self) -> None:
-        """Cut the log where the checkpoint is; what comes after it is done and logged again."""
-        kept = read_log(self.run / LOG, self.step)
-        replace_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _finish(self) -> dict[str, Any]:
         selected = load_selected(self.run) if self.ranks.first else None
@@ -786,6 +778,14 @@ def lr_factor(step: int, train: TrainConfig) -> float:
         return factor * 0.5 * (1 + math.cos(math.pi * done))
     if train.schedule == "steps":
         return factor * train.decay_factor ** (step // train.decay_every)
+    return factor
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, train: TrainConfig) -> float:
+    """Give every group of `build_optimizer` its rate at a step; -> `lr_factor`."""
+    factor = lr_factor(step, train)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
     return factor
 
 
@@ -989,6 +989,15 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
         if not isinstance(line.get("step"), int):
             raise InputError(f"{path}, line {number} has no step: correct or remove it")
     return [line for line in lines if line["step"] <= step]
+
+
+def forget_later_steps(path: Path, step: int) -> None:
+    """Cut metrics.jsonl where the checkpoint is; what comes after it is done and logged again.
+
+    Raises:
+        InputError: as `read_log`.
+    """
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path, step)))
 
 
 def _require_same_images(path: Path, splits: Splits) -> None:

@@ -24,7 +24,6 @@ from abe.experiments import (
     Claim,
     Experiment,
     Quantity,
-    Scale,
     full,
     small,
 )
@@ -37,7 +36,7 @@ from abe.intervals import (
     of_means,
     unpack,
 )
-from abe.model.summary import count_macs
+from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
 from abe.results import Summary, data_title, differing, flatten, is_baseline, method_name, summarize
 from abe.start import build_model
@@ -170,7 +169,7 @@ def costs(config: Config) -> tuple[int, int]:
     """Parameters of a network, and multiply-accumulates at 224 px as the paper counts them."""
     with torch.device("meta"):
         model = build_model(config)
-        return sum(p.numel() for p in model.parameters()), count_macs(model)
+        return count_parameters(model), count_macs(model)
 
 
 def values_of(experiment: Experiment, row: Row, data: str, base: Config) -> dict[str, Any]:
@@ -265,7 +264,7 @@ def cuts(base: Config) -> list[str]:
 
 def results_page(records: Iterable[dict[str, Any]]) -> str:
     """docs/results.md: each claim of each experiment on the images that it was tried on."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}  # images and start -> arm -> records
     left_out = 0
     for record in records:
         if is_baseline(record):
@@ -275,20 +274,19 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
             continue
         start = record["weights"] and record["weights"]["sha256"]
         key = [record["data"], record["images_digest"], record["config"]["data"], start]
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(record)
+        of_images = groups.setdefault(json.dumps(key, sort_keys=True), {})
+        of_images.setdefault(_key(Config.from_json(record["config"])), []).append(record)
     lines = [_PAGE_HEAD, f"\n{left_out} lines do not say which queries were answered: left out."]
     for name, experiment in EXPERIMENTS.items():
-        section: list[str] = []
-        for group in groups.values():
-            for scale_name, scale in _scales(group[0]).items():
-                section += _judged_lines(experiment, scale_name, scale, group)
+        told = [line for group in groups.values() for line in _judged_lines(experiment, group)]
+        run = {claim for claim, _ in told}
+        of_scales = [experiment.claims(scale.learners) for scale in (full(), small(True))]
+        claims = next((some for some in of_scales if run & set(some)), of_scales[-1])
         command = f"abe reproduce {name} --scale small --data FOLDER"
-        for learners in (8, 4):  # a claim is run if it is at either scale
-            claims = [str(claim) for claim in experiment.claims(learners)]
-            missing = [c for c in claims if not any(f"| {c} |" in line for line in section)]
-            if learners == 4 or len(missing) < len(claims):
-                break
-        section += [f"| {claim} | | | not run here: `{command}` | |" for claim in missing]
+        section = [line for _, line in told]
+        section += [
+            f"| {claim} | | | not run here: `{command}` | |" for claim in claims if claim not in run
+        ]
         if section:
             lines += [f"\n## {name}: {experiment.title}\n", _CLAIMS_HEAD, *section]
     return "\n".join(lines) + "\n"
@@ -306,36 +304,26 @@ than 3 seeds leave a claim open."""
 _CLAIMS_HEAD = "| claim | setting | difference | verdict | runs |\n|---|---|---|---|---|"
 
 
-def _scales(record: dict[str, Any]) -> dict[str, Scale]:
-    """What the record's run may have begun from, with the images it had."""
-    return {"full": full(), "small": small(record["config"]["data"]["source"] != "synthetic")}
-
-
 def _judged_lines(
-    experiment: Experiment, scale_name: str, scale: Scale, records: Sequence[dict[str, Any]]
-) -> list[str]:
-    by_key: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        by_key.setdefault(_key(Config.from_json(record["config"])), []).append(record)
-    data = Config.from_json(records[0]["config"]).data
-    own: dict[str, list[dict[str, Any]]] = {}
-    for arm in experiment.arms(scale.learners):
-        config = scale.base.with_overrides(arm.settings).model_copy(update={"data": data})
-        own[arm.name] = by_key.get(_key(config), [])
-    rows = rows_of(experiment.arms(scale.learners), own)
+    experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
+) -> list[tuple[Claim, str]]:
+    """The claims that runs on the same images, by `_key`, say something of, at either scale."""
+    config = Config.from_json(next(iter(by_key.values()))[0]["config"])
     lines = []
-    for claim in experiment.claims(scale.learners):
-        judged = judge(claim, rows)
-        if judged.difference is None:
-            continue
-        runs = [
-            record
-            for row in rows
-            if row.arm.name in (claim.more, claim.less) and row.found
-            for record in row.found.runs
-        ]
-        setting, stamps = _setting(scale_name, runs[0]), _stamps(runs)
-        lines.append(f"| {claim} | {setting} | {judged.shown} | **{judged.verdict}** | {stamps} |")
+    for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
+        arms = experiment.arms(scale.learners)
+        base = scale.base.model_copy(update={"data": config.data})
+        own = {arm.name: by_key.get(_key(base.with_overrides(arm.settings)), ()) for arm in arms}
+        rows = rows_of(arms, own)
+        for claim in experiment.claims(scale.learners):
+            judged = judge(claim, rows)
+            if judged.difference is None:
+                continue
+            compared = (row.found for row in rows if row.arm.name in (claim.more, claim.less))
+            runs = [record for found in compared if found for record in found.runs]
+            setting, stamps = _setting(name, runs[0]), _stamps(runs)
+            cells = str(claim), setting, judged.shown, f"**{judged.verdict}**", stamps
+            lines.append((claim, f"| {' | '.join(cells)} |"))
     return lines
 
 

@@ -46,6 +46,14 @@ class ClassImages:
         }
 
 
+def class_indices(labels: np.ndarray) -> Tensor:
+    """Classes 0 to C - 1 of labels (N,), in their order: label -> class, -1 where there is none."""
+    found = np.unique(labels)
+    indices = torch.full((int(found.max()) + 1,), -1)
+    indices[torch.as_tensor(found)] = torch.arange(len(found))
+    return indices
+
+
 def open_classes(config: PretrainConfig, console: Console | None = None) -> ClassImages:
     """Open the images and hold some of each class out.
 
@@ -71,12 +79,10 @@ def open_classes(config: PretrainConfig, console: Console | None = None) -> Clas
             for members in of_class
         ]
     )
-    class_of = torch.full((int(labels.max()) + 1,), -1)
-    class_of[torch.from_numpy(labels)] = torch.arange(len(labels))
     return ClassImages(
         images.select(np.setdiff1d(np.arange(len(images)), held_out)),
         images.select(np.sort(held_out)),
-        class_of,
+        class_indices(images.labels),
         len(labels),
         skipped,
     )

@@ -17,10 +17,10 @@ from abe.evaluate import pair_cosines
 from abe.experiments import Experiment
 from abe.report.figures import HISTOGRAM_BINS
 from abe.report.pictures import mask_sheet
+from abe.results import EMBEDDINGS
 from abe.runtime import replaced
 
 COLOURS = {"positive": "tab:blue", "negative": "tab:red", "self": "tab:green"}  # as in Fig. 5
-EMBEDDINGS = "embeddings.safetensors"
 
 
 def draw(

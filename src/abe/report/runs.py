@@ -15,7 +15,7 @@ from torch import Tensor
 from abe.config import Config
 from abe.errors import InputError
 from abe.model.ensemble import concat
-from abe.results import data_title, flatten, is_baseline, told_apart
+from abe.results import EMBEDDINGS, data_title, flatten, is_baseline, told_apart
 from abe.runtime import read_json, read_json_lines, resume_command
 
 
@@ -113,7 +113,7 @@ def _read(path: Path) -> Run:
     record = read_json(path / "result.json")
     try:
         trained = not is_baseline(record)
-        embeddings, gallery = _read_embeddings(path / "embeddings.safetensors", record, trained)
+        embeddings, gallery = _read_embeddings(path / EMBEDDINGS, record, trained)
         return Run(
             path=path,
             label=record["method"],
