@@ -171,7 +171,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ('train.lr={"value": 1}', "train.lr={'value': 1}: it has to be a valid number"),
         ("train.lr=" + "[" * 50_000, r"train.lr='\[\[\[.*: it has to be a valid number"),
         ("data.cache=maybe", "data.cache='maybe': it has to be a valid boolean"),
-        ("protocol=test", "protocol='test': it has to be 'val' or 'paper'"),
+        ("protocol=test", "protocol='test': it has to be 'val', 'paper' or 'both'"),
         ("tracking=board", "tracking.0='board': it has to be 'tensorboard', 'mlflow' or 'wandb'"),
         ("tracking=0", "tracking=0: it has to be a valid tuple"),
         (f"seed={2**63}", "seed=9223372036854775808: it has to be less than"),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses, miners
 
 from abe.errors import InputError
 from abe.losses import divergence_loss, ensemble_loss
@@ -56,6 +56,14 @@ REFUSED = {  # what the message says of those that PerLearnerLoss cannot use by 
     "SelfSupervisedLoss": "is not one of",
     "VICRegLoss": "cannot be used: labels",
     "WeightRegularizerMixin": "is not one of",
+}
+
+
+REFUSED_MINERS = {
+    "BaseMiner": "is not one of",
+    "BaseTupleMiner": "is not one of",
+    "BaseSubsetBatchMiner": "is not one of",
+    "EmbeddingsAlreadyPackagedAsTriplets": "cannot be used",
 }
 
 
@@ -118,6 +126,45 @@ def test_values_are_those_of_the_library(batch):
     assert not torch.allclose(
         expected, metric_loss_from_spec("MultiSimilarityLoss", **SIZES)(embeddings, labels)
     )
+
+
+@pytest.mark.parametrize("name", [key for key, v in vars(miners).items() if inspect.isclass(v)])
+def test_every_miner_of_the_library_trains_or_is_refused(name, batch):
+    embeddings, labels = batch
+    if name in REFUSED_MINERS:
+        with pytest.raises(InputError, match=f"{name}' {REFUSED_MINERS[name]}"):
+            metric_loss_from_spec(f"MarginLoss + {name}", **SIZES)
+        return
+    loss = metric_loss_from_spec(f"MarginLoss + {name}", **SIZES)
+    values = loss(embeddings, labels)
+    assert values.shape == (3,)
+    values.sum().backward()
+    assert embeddings.grad.isfinite().all()
+
+
+def test_a_loss_is_of_what_its_miner_picks(batch):
+    embeddings, labels = batch
+    spec = "MarginLoss(margin=0.3) + DistanceWeightedMiner(cutoff=0.6)"
+    loss = metric_loss_from_spec(spec, **SIZES)
+    torch.manual_seed(0)
+    values = loss(embeddings, labels)
+    torch.manual_seed(0)
+    reference, miner = losses.MarginLoss(margin=0.3), miners.DistanceWeightedMiner(cutoff=0.6)
+    learners = [embeddings[:, m] for m in range(3)]
+    expected = [reference(one, labels, miner(one, labels)) for one in learners]
+    torch.testing.assert_close(values, torch.stack(expected))
+    alone = metric_loss_from_spec("MarginLoss(margin=0.3)", **SIZES)(embeddings, labels)
+    assert not torch.allclose(values, alone)
+
+
+def test_parameters_of_a_mined_loss_are_trained_and_saved(batch):
+    embeddings, labels = batch
+    spec = "MarginLoss(learn_beta=True, num_classes=5) + DistanceWeightedMiner"
+    loss = metric_loss_from_spec(spec, **SIZES)
+    assert [tuple(p.shape) for p in loss.parameters()] == [(5,)] * 3
+    loss(embeddings, labels).sum().backward()
+    assert any(p.grad.abs().sum() > 0 for p in loss.parameters())
+    assert len(loss.state_dict()) == 3
 
 
 @pytest.mark.parametrize("spec", WITH_PARAMETERS)
@@ -227,6 +274,12 @@ def test_too_little_memory_is_not_the_batchs_fault(error, batch, monkeypatch):
         ("MultiSimilarityLoss(**{'alpha': 2})", "keyword arguments with literal values"),
         ("MultiSimilarityLoss(alpha=2", "keyword arguments with literal values"),
         ("losses.SupConLoss()", "keyword arguments with literal values"),
+        ("MarginLoss + DistanceWeightedMine", "miner 'DistanceWeightedMine' .* mean 'DistanceW"),
+        ("MarginLoss + DistanceWeightedMiner(cut=1)", "has no argument 'cut': did you .* 'cutoff'"),
+        ("MarginLoss + MarginLoss", "miner 'MarginLoss' is not one of"),
+        ("DistanceWeightedMiner + MarginLoss", "loss 'DistanceWeightedMiner' is not one of"),
+        ("MarginLoss - DistanceWeightedMiner", "a miner added to it"),
+        ("MarginLoss + HDCMiner + HDCMiner", "a miner added to it"),
         ("", "write a name"),
         ("(" * 500, "write a name"),
     ],

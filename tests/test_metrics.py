@@ -162,7 +162,7 @@ def test_all_metrics_at_once_are_those_one_by_one(separate_gallery):
         args = *args, embeddings[:20], labels[:20]
     query, query_labels, *gallery = args
     with pytest.warns(UserWarning, match="have no other image of their label") as caught:
-        found = retrieval_metrics(query, query_labels, [1, 5], *gallery)
+        found, hits = retrieval_metrics(query, query_labels, [1, 5], *gallery)
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -174,6 +174,16 @@ def test_all_metrics_at_once_are_those_one_by_one(separate_gallery):
             "r_precision": r_precision(*args),
         }
     assert found["map@r"] < found["r_precision"] < found["recall@1"] < found["recall@5"]
+
+    items, item_labels = gallery or (query, query_labels)
+    distances = torch.cdist(query.double(), items.double())
+    if not separate_gallery:
+        distances.fill_diagonal_(torch.inf)
+    right = item_labels[distances.argmin(1)] == query_labels
+    answerable = np.isin(query_labels, item_labels) & (query_labels.numpy() != 99)
+    assert hits.tolist() == right[torch.from_numpy(answerable)].tolist()
+    assert len(hits) < len(query)
+    assert hits.mean() == recall[1]
 
 
 def test_recall_is_exact_where_float32_products_are_not():

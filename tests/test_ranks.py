@@ -235,7 +235,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("launcher", "size"), [("torchrun", 3), ("fabric run", 2), ("srun", 2)], ids=str
 )
 def test_ranks_score_exactly_as_one_process_does(
-    launcher: str, size: int, alone: Path, tmp_path: Path
+    launcher: str, size: int, alone: Path, tmp_path: Path, one_thread: None
 ) -> None:
     """72 test images are 2 batches, so that of 3 ranks one has nothing to embed."""
     score = "Path(output, str(rank)).write_text(json.dumps(evaluate_run(run)))"
@@ -268,8 +268,10 @@ for name, whole in load_file(f"{folder}.safetensors").items():
             return rows[first:last] if first < last else rows.new_empty(0, 0)
         of_items = labels[120:] if separate else None
         case = own(query), labels[:len(query)], [1, 2, 100], own(items), of_items
+        metrics, hits = retrieval_metrics(*case, ranks=ranks)
         found[f"{name}, {separate}"] = [
-            retrieval_metrics(*case, ranks=ranks),
+            metrics,
+            hits.tolist(),
             nearest_neighbors(own(query), own(items), 9, ranks=ranks).indices.tolist(),
             nearest_others(own(query), own(items), [5, 7, 110], 9, ranks),
         ]

@@ -183,6 +183,20 @@ def test_three_seeds_decide_a_claim() -> None:
     assert judge(claim, rows_of(arms, {})).verdict == "not run"
 
 
+def test_what_test_images_pick_is_compared_within_a_run() -> None:
+    arms, (claim, _) = EXPERIMENTS["protocol"].arms(4), EXPERIMENTS["protocol"].claims(4)
+    runs = [record(arms[0], seed, [True, False]) for seed in range(4)]
+    for run, picked in zip(runs, (0.5, 0.51, 0.52), strict=False):  # one was made without it
+        run["scores"]["test_picked"] = {"step": 1, "recall@1": picked}
+    judged = judge(claim, rows_of(arms, {arms[0].name: runs}))
+    assert (judged.verdict, judged.seeds) == ("not shown", 3)
+    assert judged.difference is not None
+    assert judged.difference.mean == pytest.approx(0.01)
+    assert str(judged).startswith(
+        "recall@1 picked by test images of ABE-4^512 is similar to recall@1 of ABE-4^512: +1.0 ["
+    )
+
+
 def test_only_the_same_queries_of_the_same_seeds_are_pairs() -> None:
     arms, (claim, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
     records = better_and_worse(3)

@@ -204,6 +204,32 @@ def test_another_device_can_be_named_for_a_run(finished: Path) -> None:
             use(finished, device="tpu")
 
 
+def test_both_protocols_on_one_run(finished: Path, tmp_path: Path, one_thread: None) -> None:
+    """As "val" to the bit, and the best of the scores that "paper" would have had to pick from."""
+    config = TINY.with_overrides(["protocol=both"])
+    run = tmp_path / "run"
+    record = Trainer(config, run, SILENT).fit()
+    assert record is not None
+    picked = record["scores"].pop("test_picked")
+    own = json.loads((finished / "result.json").read_text())
+    assert record["scores"] == own["scores"]
+    assert record["selected_step"] == own["selected_step"]
+
+    lines = [e for e in read_json_lines(run / "metrics.jsonl") if "recall_at_1" in e]
+    tested = {line["step"]: line["test_recall_at_1"] for line in lines}
+    assert list(tested) == [0, 4, 6]
+    for step, recall in tested.items():
+        there = run / "checkpoints" / f"step-{step:08}"
+        if there.exists():
+            assert evaluate_run(there)["scores"]["ensemble"]["recall@1"] == recall
+    assert tested[record["selected_step"]] == record["scores"]["ensemble"]["recall@1"]
+    assert picked["recall@1"] == max(tested.values())
+    assert picked["step"] == min(s for s, r in tested.items() if r == max(tested.values()))
+    again = Trainer.resume(run, SILENT).fit()
+    assert again is not None
+    assert again["scores"]["test_picked"] == picked
+
+
 def test_paper_protocol_selects_on_the_test_images(tmp_path: Path) -> None:
     config = tiny("protocol=paper", "train.steps=1", "train.images_per_class=2")
     trainer = Trainer(config, tmp_path / "run", SILENT)

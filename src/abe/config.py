@@ -26,6 +26,8 @@ from pydantic import (
 
 from abe.errors import InputError
 
+Protocol = Literal["val", "paper", "both"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -173,7 +175,7 @@ class Config(_Section):
 
     recipe: str = "paper"  # where the settings came from, for the record
     seed: int = Field(0, ge=0, lt=2**63)
-    protocol: Literal["val", "paper"] = "val"  # what picks the checkpoint, see docs/protocol.md
+    protocol: Protocol = "val"  # what picks the checkpoint, see docs/protocol.md
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     ranks_timeout: float = Field(60.0, gt=0, le=86_400)  # seconds a step waits for a process

@@ -5,13 +5,13 @@ Shapes: N images, M learners, d the size of a learner's embedding, D = M * d.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from abe.checkpoint import Best
@@ -21,7 +21,7 @@ from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
 from abe.intervals import pack
-from abe.metrics import KS, nearest_matches, nmi, retrieval_metrics
+from abe.metrics import KS, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
 from abe.results import result_record
@@ -229,21 +229,18 @@ def score(
         ranks: the processes; None for one by itself.
 
     Returns:
-        {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines, "hits@1": the
-        ensemble's `nearest_matches`}, see `metrics`, `similarity` and `abe.intervals.pack`.
+        {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines, "hits@1": of
+        the ensemble's queries}, see `metrics`, `similarity` and `abe.intervals.pack`.
     """
     classes = torch.as_tensor(labels)
     learners = embeddings.unbind(1)
     galleries = [None] * len(learners) if gallery is None else gallery.unbind(1)
     whole = None if gallery is None else concat(gallery)
-    own = concat(embeddings)
-    ensemble = metrics(own, classes, ks, whole, gallery_labels, ranks)
-    with warnings.catch_warnings(action="ignore"):  # told by `metrics`
-        hits = nearest_matches(own, classes, whole, gallery_labels, ranks=ranks)
+    ensemble, hits = metrics(concat(embeddings), classes, ks, whole, gallery_labels, ranks)
     return {
         "ensemble": ensemble,
         "learners": [
-            metrics(learner, classes, ks, own_gallery, gallery_labels, ranks)
+            metrics(learner, classes, ks, own_gallery, gallery_labels, ranks)[0]
             for learner, own_gallery in zip(learners, galleries, strict=True)
         ]
         if len(learners) > 1
@@ -260,20 +257,21 @@ def metrics(
     gallery: Tensor | None = None,
     gallery_labels: np.ndarray | None = None,
     ranks: Ranks | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], NDArray[np.bool_]]:
     """Scores of (N, D) embeddings, against a gallery (G, D) or among themselves.
 
     Returns:
         "recall@K", "map@r" and "r_precision"; and "nmi", unless there is a gallery, of which it
         knows nothing, or more than 1,000 classes, whose k-means would take hours. Fractions. Of
-        several ranks the first one clusters all embeddings, and it alone has "nmi".
+        several ranks the first one clusters all embeddings, and it alone has "nmi". And the
+        queries' hits, see `retrieval_metrics`.
     """
-    found = retrieval_metrics(embeddings, labels, ks, gallery, gallery_labels, ranks=ranks)
+    found, hits = retrieval_metrics(embeddings, labels, ks, gallery, gallery_labels, ranks=ranks)
     if gallery is None and len(labels.unique()) <= NMI_CLASSES:
         parts = list(Shards(embeddings, ranks).parts())
         if parts:
             found["nmi"] = nmi(torch.cat(parts), labels)
-    return found
+    return found, hits
 
 
 def pair_cosines(

@@ -1,4 +1,4 @@
-"""Losses of pytorch-metric-learning in place of Eq. 10, one instance for each learner."""
+"""Losses of pytorch-metric-learning in place of Eq. 10, with its miners, one for each learner."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ast
 import copy
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,56 +50,64 @@ class PerLearnerLoss(nn.Module):
             ) from error
 
 
+class MinedLoss(nn.Module):
+    """A loss of the pairs or triplets that a miner picks.
+
+    Args:
+        loss: takes (embeddings (B, d), labels (B,), what the miner picks) and gives a scalar.
+        miner: takes (embeddings (B, d), labels (B,)).
+    """
+
+    def __init__(self, loss: nn.Module, miner: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, d), (B,) -> a scalar."""
+        value: Tensor = self.loss(embeddings, labels, self.miner(embeddings, labels))
+        return value
+
+
 def metric_loss_from_spec(
     spec: str, *, num_learners: int, learner_dim: int, num_classes: int
 ) -> PerLearnerLoss:
     """A loss of pytorch-metric-learning by name and arguments, for each learner.
+
+    A miner may be added to it: "MarginLoss + DistanceWeightedMiner(cutoff=0.5)" is the margin loss
+    with distance-weighted sampling (Wu et al., 2017), "MultiSimilarityLoss +
+    MultiSimilarityMiner" the whole of Wang et al., 2019.
 
     Losses with proxies or class weights (`ProxyAnchorLoss`, `SoftTripleLoss`, `ArcFaceLoss` ...)
     need labels 0 to num_classes - 1. Their parameters are those of the returned module: give them
     to the optimiser and save them with the model.
 
     Args:
-        spec: such as "MultiSimilarityLoss(alpha=2)" or "ProxyAnchorLoss". Arguments are keywords
-            with literal values; nothing is evaluated. A number of classes or a size of embeddings
-            that the loss requires is filled in.
+        spec: such as "MultiSimilarityLoss(alpha=2)" or "ProxyAnchorLoss", and behind a "+" the
+            miner, if any. Arguments are keywords with literal values; nothing is evaluated. A
+            number of classes or a size of embeddings that the loss requires is filled in.
         num_learners: M.
         learner_dim: d.
         num_classes: classes that are trained on.
 
     Raises:
-        InputError: spec is not of this form, names no such loss or argument, or the loss fails
-            two steps of a trial, with finite values and gradients.
+        InputError: spec is not of this form, names no such loss, miner or argument, or the loss
+            fails two steps of a trial, with finite values and gradients.
     """
-    from pytorch_metric_learning import losses
+    from pytorch_metric_learning import losses, miners
 
-    name, arguments = _parse(spec)
-    known: dict[str, Any] = {
-        key: value
-        for key, value in vars(losses).items()
-        if inspect.isclass(value)
-        and issubclass(value, losses.BaseMetricLossFunction)
-        and value is not losses.BaseMetricLossFunction
-    }
-    if name not in known:
-        raise InputError(
-            f"metric loss {name!r} is not one of pytorch-metric-learning's that take embeddings "
-            f"and labels{_nearest(name, known)}"
-        )
-    parameters = _constructor_parameters(known[name])
-    for key in arguments:
-        if key not in parameters:
-            raise InputError(f"{name} has no argument {key!r}{_nearest(key, parameters)}")
+    (name, arguments), *mined = _parse(spec)
     sizes = {
         "num_classes": num_classes,
         "embedding_size": learner_dim,
         "descriptors_dim": learner_dim,  # P2SGradLoss
     }
-    required = {key for key, value in parameters.items() if value.default is value.empty}
-    arguments = {key: sizes[key] for key in sizes.keys() & required} | arguments
-
+    build = _builder("metric loss", name, arguments, losses.BaseMetricLossFunction, losses, sizes)
+    if mined:
+        build = partial(
+            _with_miner, build, _builder("miner", *mined[0], miners.BaseMiner, miners, {})
+        )
     try:
-        loss = PerLearnerLoss(known[name](**arguments) for _ in range(num_learners))
+        loss = PerLearnerLoss(build() for _ in range(num_learners))
         _try(copy.deepcopy(loss.losses[0]), learner_dim, num_classes)
     except Exception as error:  # whatever a loss of another library raises on what it was given
         raise InputError(
@@ -106,22 +116,67 @@ def metric_loss_from_spec(
     return loss
 
 
-def _parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of "Name(key=literal)" or "Name"."""
+def _builder(
+    what: str,
+    name: str,
+    arguments: dict[str, Any],
+    base: type,
+    module: ModuleType,
+    sizes: dict[str, int],
+) -> Callable[[], nn.Module]:
+    """What makes a loss or a miner of the library, with the sizes that it requires.
+
+    Raises:
+        InputError: there is none of that name, or it has no such argument.
+    """
+    known: dict[str, Any] = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, base) and value is not base
+    }
+    if name not in known:
+        raise InputError(
+            f"{what} {name!r} is not one of pytorch-metric-learning's that take embeddings "
+            f"and labels{_nearest(name, known)}"
+        )
+    parameters = _constructor_parameters(known[name])
+    for key in arguments:
+        if key not in parameters:
+            raise InputError(f"{name} has no argument {key!r}{_nearest(key, parameters)}")
+    required = {key for key, value in parameters.items() if value.default is value.empty}
+    filled_in = {key: sizes[key] for key in sizes.keys() & required}
+    return partial(known[name], **filled_in | arguments)
+
+
+def _with_miner(loss: Callable[[], nn.Module], miner: Callable[[], nn.Module]) -> MinedLoss:
+    return MinedLoss(loss(), miner())
+
+
+def _parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and arguments of "Name(key=literal)" or "Name", one or two with a "+" between them."""
     try:
-        call = ast.parse(spec.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            return call.id, {}
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
-            arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-            if len(arguments) == len(call.keywords):  # no **mapping
-                return call.func.id, arguments
+        whole = ast.parse(spec.strip(), mode="eval").body
+        parts = [whole]
+        if isinstance(whole, ast.BinOp) and isinstance(whole.op, ast.Add):
+            parts = [whole.left, whole.right]
+        return [_call(part) for part in parts]
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        pass
-    raise InputError(
-        f"metric loss {spec!r}: write a name and keyword arguments with literal values, "
-        "such as 'MultiSimilarityLoss(alpha=2, beta=50)'"
-    )
+        raise InputError(
+            f"metric loss {spec!r}: write a name and keyword arguments with literal values, "
+            "such as 'MultiSimilarityLoss(alpha=2, beta=50)', or a miner added to it, such as "
+            "'MarginLoss + DistanceWeightedMiner'"
+        ) from None
+
+
+def _call(part: ast.expr) -> tuple[str, dict[str, Any]]:
+    """Raises ValueError where it is something else."""
+    if isinstance(part, ast.Name):
+        return part.id, {}
+    if isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and not part.args:
+        arguments = {k.arg: ast.literal_eval(k.value) for k in part.keywords if k.arg}
+        if len(arguments) == len(part.keywords):  # no **mapping
+            return part.func.id, arguments
+    raise ValueError
 
 
 def _constructor_parameters(loss: type) -> dict[str, inspect.Parameter]:

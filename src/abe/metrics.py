@@ -62,26 +62,10 @@ def recall_at_k(
             query with a match, no images, shapes that do not fit, embeddings that are not finite.
     """
     wanted = _checked_ks(ks)
-    return _recall(_retrieval(query, query_labels, gallery, gallery_labels, ranks), wanted)
-
-
-def nearest_matches(
-    query: Array,
-    query_labels: Array,
-    gallery: Array | None = None,
-    gallery_labels: Array | None = None,
-    *,
-    ranks: Ranks | None = None,
-) -> NDArray[np.bool_]:
-    """Whether each query's nearest image has its label: what Recall@1 is the mean of.
-
-    Arguments and errors are those of `recall_at_k`.
-
-    Returns:
-        Of all ranks' queries that have a match, in order; (Q',).
-    """
-    retrieval = _retrieval(query, query_labels, gallery, gallery_labels, ranks)
-    return (_ranks_of_matches(retrieval, 1) == 0).cpu().numpy()
+    found = _ranks_of_matches(
+        _retrieval(query, query_labels, gallery, gallery_labels, ranks), max(wanted)
+    )
+    return _recall(found, wanted)
 
 
 def r_precision(
@@ -132,18 +116,21 @@ def retrieval_metrics(
     gallery_labels: Array | None = None,
     *,
     ranks: Ranks | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], NDArray[np.bool_]]:
     """Recall@K, MAP@R and R-precision with one search less than one by one.
 
     Arguments and errors are those of `recall_at_k`.
 
     Returns:
-        "recall@K" for each K, "map@r" and "r_precision".
+        "recall@K" for each K, "map@r" and "r_precision"; and of all ranks' queries that have a
+        match, in order, whether their nearest image has their label, (Q',): what Recall@1 is the
+        mean of.
     """
     wanted = _checked_ks(ks)
     retrieval = _retrieval(query, query_labels, gallery, gallery_labels, ranks)
-    found = {f"recall@{k}": share for k, share in _recall(retrieval, wanted).items()}
-    return found | _precisions(retrieval)
+    found = _ranks_of_matches(retrieval, max(wanted))
+    shares = {f"recall@{k}": share for k, share in _recall(found, wanted).items()}
+    return shares | _precisions(retrieval), (found == 0).cpu().numpy()
 
 
 def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
@@ -219,8 +206,8 @@ def _retrieval(
     return _Retrieval(query, query_classes, items, item_classes, relevant, ranks)
 
 
-def _recall(retrieval: _Retrieval, ks: Sequence[int]) -> dict[int, float]:
-    found = _ranks_of_matches(retrieval, max(ks))
+def _recall(found: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    """Of the ranks of queries' nearest matches (Q',)."""
     return {k: (found < k).double().mean().item() for k in ks}
 
 

@@ -69,7 +69,7 @@ def result_record(
 
     Args:
         config: of the run.
-        scores: see `abe.evaluate.score`.
+        scores: see `abe.evaluate.score`, and of protocol "both" "test_picked".
         best: the checkpoint that was picked; None for what was not trained.
         data: see `Splits.describe`.
         weights: origin of the pretrained start.

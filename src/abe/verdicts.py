@@ -56,12 +56,14 @@ class Row:
     def samples(self, quantity: Quantity) -> dict[tuple[int, str], NDArray[np.float64]]:
         """What a quantity is the mean of: values, of each query if there are such.
 
-        By seed and order of the queries: what is alike in both can be compared in pairs.
+        By seed and order of the queries: what is alike in both can be compared in pairs. Runs
+        that do not know it are left out.
         """
         runs = () if self.found is None else self.found.runs
         return {
-            (record["seed"], record["scores"]["hits@1"].get("order", "")): _values(record, quantity)
+            (record["seed"], record["scores"]["hits@1"].get("order", "")): values
             for record in runs
+            if len(values := _values(record, quantity))
         }
 
     def interval(self) -> Interval | None:
@@ -110,6 +112,9 @@ def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
         return unpack(scores["hits@1"]).astype(np.float64)
     if quantity == "learners' recall@1":
         return np.array([np.mean([learner["recall@1"] for learner in scores["learners"]])])
+    if quantity == "recall@1 picked by test images":
+        picked = scores.get("test_picked")
+        return np.array([picked["recall@1"]] if picked else [])
     cosine = scores["similarity"]["self"]
     return np.array([np.nan if cosine is None else cosine])
 
@@ -126,16 +131,21 @@ def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]
 def judge(claim: Claim, rows: Iterable[Row]) -> Judged:
     """The verdict on a claim, if there are `MIN_SEEDS`: by seeds in pairs.
 
-    Of Recall@1 by queries in pairs as well; of learners' recall and cosines a record has the means.
+    Of Recall@1 by queries in pairs as well; of all else a record has the means.
     """
-    by_name = {row.arm.name: row.samples(claim.quantity) for row in rows}
-    more, less = by_name.get(claim.more, {}), by_name.get(claim.less, {})
+    against = claim.against or claim.quantity
+    by_name = {row.arm.name: row for row in rows}
+    more, less = (
+        by_name[name].samples(quantity) if name in by_name else {}
+        for name, quantity in ((claim.more, claim.quantity), (claim.less, against))
+    )
     pairs = sorted(more.keys() & less.keys())
     if not pairs:
         return Judged(claim, None, 0, NOT_RUN)
-    differences = np.stack([more[pair] - less[pair] for pair in pairs])
-    of_queries = claim.quantity == "recall@1"
-    difference = bootstrap(differences) if of_queries else of_means(differences[:, 0])
+    if claim.quantity == against == "recall@1":
+        difference = bootstrap(np.stack([more[pair] - less[pair] for pair in pairs]))
+    else:
+        difference = of_means(np.array([more[pair].mean() - less[pair].mean() for pair in pairs]))
     if len(pairs) < MIN_SEEDS:
         return Judged(claim, difference, len(pairs), f"{OPEN}, {MIN_SEEDS} seeds decide")
     verdicts = {
@@ -295,12 +305,12 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
 _PAGE_HEAD = """# Results
 
 Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and from
-nothing else. A claim is the paper's, of its own images and setting, but for those of `losses`,
-which are ours; the figures are ours, of the setting in the same line: the difference of the two
-means in points of Recall@1, with its 95 % interval over queries and seeds in pairs, or of learners'
-recall and cosines over seeds by Student's t. Shown: all of the interval is above 0, or for what is
-said to be similar or not above, within 2 points. Refuted: all of it is on the other side. Fewer
-than 3 seeds leave a claim open."""
+nothing else. A claim is the paper's, of its own images and setting, but for those of `losses` and
+`protocol`, which are ours; the figures are ours, of the setting in the same line: the difference of
+the two means in points of Recall@1, with its 95 % interval over queries and seeds in pairs, or of
+learners' recall, cosines and what test images pick over seeds by Student's t. Shown: all of the
+interval is above 0, or for what is said to be similar or not above, within 2 points. Refuted: all
+of it is on the other side. Fewer than 3 seeds leave a claim open."""
 _CLAIMS_HEAD = "| claim | setting | difference | verdict | runs |\n|---|---|---|---|---|"
 
 

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from abe.config import DataConfig
+from abe.config import DataConfig, Protocol
 from abe.data.benchmarks import BENCHMARKS, Copy, benchmark_of, find_benchmark
 from abe.data.datasets import (
     ImageFiles,
@@ -35,8 +35,9 @@ class Splits:
     """The images to learn from, to select by, and to report on; no class is in two of them.
 
     Attributes:
-        select: what the protocol picks the checkpoint by: held-out training classes under "val";
-            under "paper" the test images themselves, which is selection on the test set.
+        select: what the protocol picks the checkpoint by: held-out training classes under "val"
+            and "both"; under "paper" the test images themselves, which is selection on the test
+            set.
         skipped: files left out because they cannot be read.
         gallery: what the test images, as queries, are compared with; None: with each other.
         ks: the K of Recall@K on the test images.
@@ -57,7 +58,7 @@ class Splits:
     def digest(self) -> str:
         """12 hexadecimal digits of the images to learn from, to test and to search in.
 
-        Of their classes and file names, wherever the files are; it is the same for both protocols.
+        Of their classes and file names, wherever the files are; it is the same for all protocols.
         """
         return images_digest(self._learned, [self.test], [self.gallery] if self.gallery else [])
 
@@ -69,7 +70,7 @@ class Splits:
 
     @property
     def learned_classes(self) -> list[str]:
-        """Names of the classes that are learned from or, under "val", selected by."""
+        """Names of the classes that are learned from or, but for "paper", selected by."""
         return [
             images.class_names[label]
             for images in self._learned
@@ -113,15 +114,16 @@ def images_digest(*parts: Sequence[LabelledImages]) -> str:
 
 def open_splits(
     config: DataConfig,
-    protocol: Literal["val", "paper"],
+    protocol: Protocol,
     console: Console | None = None,
     *,
     check: bool = True,
 ) -> Splits:
     """Open the images that a configuration names and split them by class.
 
-    The classes held out under "val", 2 at least, are drawn once for a given number of training
-    classes, the same for every seed of a run, so that runs are selected by the same images.
+    The classes held out but under "paper", 2 at least, are drawn once for a given number of
+    training classes, the same for every seed of a run, so that runs are selected by the same
+    images.
 
     Args:
         config: which images, and how to split them.

@@ -137,7 +137,7 @@ def _compared(featured: Run, runs: list[Run]) -> list[Run]:
 def _curves(runs: list[Run], styles: dict[str, str]) -> list[figures.Chart]:
     ensembles = [run for run in runs if len(run.learners_recall) > 1]
     protocols = {run.record["protocol"] for run in runs}
-    selection = "held-out classes" if protocols == {"val"} else "selection images"
+    selection = "selection images" if "paper" in protocols else "held-out classes"
     charts = [
         figures.line_chart(
             title,

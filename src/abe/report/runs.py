@@ -72,8 +72,8 @@ class Run:
 
     @property
     def preference(self) -> tuple[bool, float]:
-        """The greatest names the run that a report is about; under "val" no test score decides."""
-        return self.record["protocol"] == "val", self.record["selection_recall@1"]
+        """The greatest is the run that a report is about; test scores decide of "paper" alone."""
+        return self.record["protocol"] != "paper", self.record["selection_recall@1"]
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
