@@ -17,6 +17,7 @@ import torch
 from abe.runtime import environment
 
 Found = TypeVar("Found")
+CPU = torch.device("cpu")
 
 
 def options_of(doc: str | None, file: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -67,15 +68,15 @@ def take_turns(
     return {k: median(found) for k, found in in_turns(timers, rounds, warm_up=warm_up).items()}
 
 
-def hardware() -> dict[str, Any]:
+def hardware(device: torch.device = CPU) -> dict[str, Any]:
     """What a result says of the software and the machine that it came from."""
     amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return environment(torch.device("cpu")) | {"cores": os.cpu_count(), "amx_bf16": amx}
+    return environment(device) | {"cores": os.cpu_count(), "amx_bf16": amx}
 
 
 def save(output: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Write a benchmark's file; -> what is in it, the hardware named."""
-    result = {"hardware": hardware(), **result}
+    result = {"hardware": hardware(), **result}  # or what the result says itself
     output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 

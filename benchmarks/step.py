@@ -57,9 +57,9 @@ def network() -> AttentionEnsemble:
     return model
 
 
-def photographs(count: int) -> tuple[Tensor, Tensor]:
+def photographs(count: int, side: int = 224) -> tuple[Tensor, Tensor]:
     """Noise, which costs what photographs do; two images of each class."""
-    images = 50 * torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = 50 * torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     return images, torch.arange(count // 2).repeat_interleave(2)
 
 
@@ -99,7 +99,7 @@ def step(
         assert embeddings.grad is not None
         backward_in_chunks(model, images, embeddings.grad, size)
     else:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             embeddings = model(images)
         loss = ensemble_loss(embeddings, labels).total
         loss.backward()
@@ -109,7 +109,7 @@ def step(
 def usual_step(port: UsualPort, images: Tensor, labels: Tensor, bf16: bool) -> Tensor:
     """The same by the port."""
     port.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         learners = port(images)
     loss = usual_loss([embeddings.float() for embeddings in learners], labels)
     loss.backward()

@@ -448,7 +448,10 @@ def demo(
 @app.command()
 def reproduce(
     experiment: Annotated[
-        str, typer.Argument(metavar="NAME", help="table1 ... table8, fig4 ... fig7, or losses.")
+        str,
+        typer.Argument(
+            metavar="NAME", help="table1 ... table8, fig4 ... fig7, losses or protocol."
+        ),
     ],
     data: Annotated[
         str | None,

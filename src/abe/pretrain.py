@@ -58,6 +58,7 @@ from abe.train import (
     IMAGES,
     LOCK,
     LOG,
+    DivergedError,
     build_optimizer,
     forget_later_steps,
     set_rate,
@@ -193,8 +194,9 @@ class Pretrainer:
             The start's file, or None when a signal stopped it: it is saved then.
 
         Raises:
-            InputError: the loss is not finite; a file cannot be written; or another process works
-                in the folder, or has gone on there since this was made.
+            DivergedError: the loss is not finite.
+            InputError: a file cannot be written; or another process works in the folder, or has
+                gone on there since this was made.
         """
         make_folder(self.folder)
         taken = f"{self.folder} is being trained by another process: wait for it, or give another"
@@ -273,7 +275,7 @@ class Pretrainer:
         """One step of the optimiser on the cross-entropy of smoothed labels; -> the loss.
 
         Raises:
-            InputError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         self.network.train()
         classes = self.images.class_of[batch.labels].to(self.device)
@@ -282,7 +284,7 @@ class Pretrainer:
             logits = self.network(pixels)
         loss = F.cross_entropy(logits.float(), classes, label_smoothing=self.config.label_smoothing)
         if not math.isfinite(loss.item()):
-            raise InputError(
+            raise DivergedError(
                 f"the loss is {loss.item()} at step {self.step}: lower lr ({self.config.lr})"
             )
         set_rate(self.optimizer, self.step, self.schedule)

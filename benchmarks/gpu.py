@@ -1,0 +1,130 @@
+"""A training step of ABE-8 on a GPU, against the usual port and the machine's matrix product.
+
+    python benchmarks/gpu.py [--batch 64] [--crop 224] [--rounds N] [--device cuda]
+
+The sides are those of `benchmarks/step.py`, with all images on the device: the port in float32
+(without TF32) and under bfloat16 autocast, ours under autocast, ours compiled, and ours as one
+CUDA graph. A step is a forward pass, Eq. 8 and its gradient; the losses have to agree. The sides
+take turns, and times are medians. The rate is that of the network's convolutions and linear layers,
+its share of that of a bfloat16 product of two 8192 x 8192 matrices. `--device cpu` tries all but
+the graph, for who has a GPU for minutes only: with --batch 4 --crop 64. The last line of the
+output is the result as one JSON object, which also goes to benchmarks/gpu.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from measure import hardware, options_of, publish, rounded, take_turns
+from port import UsualPort
+from step import TOLERANCE, network, photographs, step, usual_step
+from torch import Tensor
+
+from abe.model.summary import count_macs
+
+SIDE = 8192  # of the matrices
+REFERENCE = "port_fp32"
+
+
+def sides(device: torch.device, batch: int, crop: int) -> dict[str, Callable[[], Tensor]]:
+    """What each side does in a turn; it gives the loss."""
+    model = network().to(device)
+    pixels, labels = (part.to(device) for part in photographs(batch, crop))
+    images = pixels.contiguous(memory_format=torch.channels_last)
+    port = UsualPort(model).to(device)
+    ours = partial(step, images=images, labels=labels, bf16=True)
+    found = {
+        REFERENCE: partial(usual_step, port, pixels, labels, False),
+        "port_bf16": partial(usual_step, port, pixels, labels, True),
+        "port_channels_last_bf16": partial(
+            usual_step,
+            UsualPort(model).to(device, memory_format=torch.channels_last),
+            images,
+            labels,
+            True,
+        ),
+        "ours_bf16": partial(ours, model),
+        "ours_bf16_compiled": partial(ours, torch.compile(network().to(device))),
+    }
+    if device.type == "cuda":
+        found["ours_bf16_graph"] = as_graph(partial(ours, network().to(device)))
+    return found
+
+
+def as_graph(turn: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same, recorded once and played back without Python."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # as torch asks for: warm-up on a stream of its own
+        for _ in range(3):
+            turn()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = turn()
+
+    def play() -> Tensor:
+        graph.replay()
+        return loss
+
+    return play
+
+
+def main() -> None:
+    parser = options_of(__doc__, __file__, rounds=10)
+    parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--crop", type=int, default=224, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64  # inception blocks are one function of many shapes
+
+    found = sides(device, options.batch, options.crop)
+    matrices = torch.randn(2, SIDE if on_gpu else 512, SIDE if on_gpu else 512, device=device)
+    left, right = matrices.bfloat16()
+
+    def waited(turn: Callable[[], Tensor]) -> Callable[[], float]:
+        return lambda: turn().float().mean().item()  # which waits for the device
+
+    losses = {name: waited(turn)() for name, turn in found.items()}
+    for name, loss in losses.items():
+        apart = abs(loss - losses[REFERENCE]) / losses[REFERENCE]
+        assert apart < TOLERANCE[True], f"{name}: {loss}, not {losses[REFERENCE]}"
+    timed = {**found, "product": lambda: left @ right}
+    seconds = take_turns({name: waited(turn) for name, turn in timed.items()}, options.rounds)
+    rate = 2 * len(left) ** 3 / 1e12 / seconds.pop("product")
+    tera = 3 * 2 * count_macs(network(), options.crop) * options.batch / 1e12
+    result: dict[str, Any] = {
+        "hardware": hardware(device),
+        "batch": options.batch,
+        "crop": options.crop,
+        "rounds": options.rounds,
+        "bf16_product_tflops": rate,
+    }
+    for name, taken in seconds.items():
+        result[name] = {
+            "seconds": taken,
+            "images_per_second": options.batch / taken,
+            "tflops": tera / taken,
+            "share_of_product": tera / taken / rate,
+            "of_port_fp32": taken / seconds[REFERENCE],
+            "of_port_bf16": taken / seconds["port_bf16"],
+            "loss": losses[name],
+        }
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            found[name]()
+            torch.cuda.synchronize()
+            result[name]["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    publish(options.output, rounded(result))
+
+
+if __name__ == "__main__":
+    main()
