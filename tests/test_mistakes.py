@@ -471,7 +471,7 @@ MISTAKES = {
         Mistake(
             "A learning rate that is too high",
             "abe train photos --set train.lr=1e30",
-            r"the loss is (nan|inf) at step \d+: lower train.lr \(1e\+30\) .*photos/bird\d+/\d.png",
+            r"embeddings are not finite at step \d+: lower train.lr \(1e\+30\) .*photos/bird\d+",
             photos,
             quick=True,
         ),
@@ -567,7 +567,7 @@ MISTAKES = {
         Mistake(
             "A sweep that would look at the test images",
             "abe sweep photos --set protocol=paper",
-            "protocol=paper selects by the test images.*: leave",
+            "protocol=paper scores the test images.*: leave",
             photos,
         ),
         Mistake(

@@ -465,6 +465,17 @@ def test_skipped_files_and_test_set_selection_are_stamped(
     assert "The test images themselves picked the checkpoint" in page
 
 
+def test_the_page_says_what_picked_the_checkpoint_of_both_protocols(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = copy(runs["abe"], tmp_path / "run")
+    write_json(run / "result.json", record(run) | {"protocol": "both"})
+    write_report([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "the test images were scored all along, and picked nothing" in page
+    assert "Recall@1 on held-out classes" in page
+
+
 def not_a_folder(run: Path) -> list[Path]:
     return [run / "missing"]
 

@@ -211,7 +211,7 @@ def test_two_sweeps_in_a_folder_at_once(quick: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "keys", "message"),
     [
-        (["protocol=paper"], KEYS, "protocol=paper selects by the test images"),
+        (["protocol=paper"], KEYS, "protocol=paper scores the test images"),
         ([], ["train.lr", "train.steps"], "cannot search train.steps: choose among train.lr, "),
         ([], [], "cannot search nothing"),
         (["train.divergence_weight=0"], KEYS, "switches Eq. 9 off"),

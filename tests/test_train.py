@@ -227,7 +227,9 @@ def test_both_protocols_on_one_run(finished: Path, tmp_path: Path, one_thread: N
     assert picked["step"] == min(s for s, r in tested.items() if r == max(tested.values()))
     again = Trainer.resume(run, SILENT).fit()
     assert again is not None
-    assert again["scores"]["test_picked"] == picked
+    assert again["scores"]["test_picked"] == evaluate_run(run)["scores"]["test_picked"] == picked
+    first = run / "checkpoints" / "step-00000006"
+    assert ("test_picked" in evaluate_run(first)["scores"]) == (record["selected_step"] == 6)
 
 
 def test_paper_protocol_selects_on_the_test_images(tmp_path: Path) -> None:
@@ -280,6 +282,28 @@ def test_a_stopped_run_goes_on_exactly(
         assert whole.keys() == resumed.keys()
         for key in whole:
             assert torch.equal(whole[key], resumed[key]), key
+
+
+def test_a_signal_during_the_last_evaluation_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    """Or a sweep would go on with the next one."""
+    recall = Trainer._recall
+
+    def stopped_at_last(trainer: Trainer, *images: object) -> object:
+        if trainer.step == trainer.config.train.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return recall(trainer, *images)
+
+    monkeypatch.setattr(Trainer, "_recall", stopped_at_last)
+    run = tmp_path / "run"
+    assert Trainer(TINY, run, SILENT).fit() is None
+    assert not (run / "result.json").exists()
+    monkeypatch.undo()
+    record = Trainer.resume(run, SILENT).fit()
+    own = json.loads((finished / "result.json").read_text())
+    assert record is not None
+    assert record["selected_step"] == own["selected_step"]
 
 
 def test_proxies_are_trained_and_saved(tmp_path: Path) -> None:
@@ -396,10 +420,14 @@ def test_a_log_that_a_full_disk_cut_off_does_not_hinder(finished: Path, tmp_path
     assert log.read_text() == whole
 
 
+TOO_FAR = r"(the gradient's length is (nan|inf)|embeddings are not finite) at step \d+"
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["train.lr=1e30"], r"the (loss|gradient's length) is (nan|inf) at step \d+"),
+        (["train.lr=1e30"], TOO_FAR),
+        (["train.lr=1e30", "train.metric_loss=MarginLoss + DistanceWeightedMiner"], TOO_FAR),
         (["train.lr=1e30", "train.eval_every=1"], r"embeddings are not finite after step 1"),
     ],
 )

@@ -44,12 +44,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two arms, by their names: one has more of a quantity.
+    """What is said of two arms, or of two quantities of one, by the arms' names.
 
     Attributes:
-        more: the arm that has more of it.
+        more: the arm that has more of the quantity.
         less: the one that has less.
-        relation: "similar": they differ by less than `SIMILAR`; "not above": it is above by less.
+        relation: "similar to": they differ by less than `SIMILAR`; "not above": it is above by
+            less.
         quantity: what is compared.
         against: the quantity of `less`, if it is another.
     """
@@ -390,8 +391,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         _losses_claims,
     ),
     "protocol": Experiment(
-        "how much higher is the best test score of a run than that of the checkpoint that "
-        "held-out classes pick (not in the paper)",
+        "how much higher is the best test score of a run, which is never the lower one, than that "
+        "of the checkpoint that held-out classes pick (not in the paper)",
         _protocols,
         _protocols_claims,
     ),

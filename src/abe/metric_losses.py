@@ -23,10 +23,12 @@ class PerLearnerLoss(nn.Module):
 
     Args:
         losses: M modules that take (embeddings (B, d), labels (B,)) and give a scalar.
+        name: what to call them in messages.
     """
 
-    def __init__(self, losses: Iterable[nn.Module]) -> None:
+    def __init__(self, losses: Iterable[nn.Module], name: str) -> None:
         super().__init__()
+        self.name = name
         self.losses = nn.ModuleList(losses)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -43,9 +45,8 @@ class PerLearnerLoss(nn.Module):
         except (ValueError, RuntimeError, LookupError, AssertionError, TypeError) as error:
             if isinstance(error, RuntimeError) and "memory" in str(error):  # too little of it
                 raise
-            name = type(self.losses[0]).__name__
             raise InputError(
-                f"metric loss {name!r} refuses the batch ({error}): change train.sampler or "
+                f"metric loss {self.name!r} refuses the batch ({error}): change train.sampler or "
                 "train.batch_size, or choose another train.metric_loss"
             ) from error
 
@@ -107,7 +108,7 @@ def metric_loss_from_spec(
             _with_miner, build, _builder("miner", *mined[0], miners.BaseMiner, miners, {})
         )
     try:
-        loss = PerLearnerLoss(build() for _ in range(num_learners))
+        loss = PerLearnerLoss((build() for _ in range(num_learners)), spec)
         _try(copy.deepcopy(loss.losses[0]), learner_dim, num_classes)
     except Exception as error:  # whatever a loss of another library raises on what it was given
         raise InputError(

@@ -1,7 +1,8 @@
 """Run what a table or figure of the paper needs, and set our figures beside the paper's.
 
 Runs are lines of a results file. What has a line, by the digests of its configuration and of its
-images, is not run again; what was interrupted goes on where it was. Seeds come first: a budget that
+images, is not run again; what was interrupted goes on where it was. The first seed tries every
+rate, and the others take the one that it chose by held-out classes. Seeds come first: a budget that
 ends early leaves a whole table of fewer seeds.
 """
 
@@ -51,12 +52,14 @@ class Run:
 
     Attributes:
         arm: of the experiment.
-        config: with the rate and the seed.
+        seed: of the run.
+        config: with the rate and the seed; None as long as the first seed has not chosen the rate.
         gflop: what it computes, as multiplications and additions, evaluations included.
     """
 
     arm: Arm
-    config: Config
+    seed: int
+    config: Config | None
     gflop: float
 
 
@@ -80,6 +83,7 @@ class Reproduction:
     console: Console
     seeds: int = 3
     splits: Splits = field(init=False)
+    _gflops: dict[Arm, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         base = self.scale.base
@@ -87,16 +91,27 @@ class Reproduction:
 
     def plan(self, experiment: Experiment) -> list[Run]:
         """All trainings of an experiment, one seed after the other."""
-        runs = []
-        first = self.scale.base.seed
+        scored = {
+            record["config_digest"]: record["selection_recall@1"]
+            for record in self._records()
+            if not is_baseline(record)
+        }
         arms = experiment.arms(self.scale.learners)
-        gflops = [self._gflop(self.scale.base.with_overrides(arm.settings)) for arm in arms]
-        for seed in range(first, first + self.seeds):
-            for arm, gflop in zip(arms, gflops, strict=True):
-                for rate in arm.rates or self.scale.rates:
-                    settings = [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
-                    config = self.scale.base.with_overrides(settings)
-                    runs.append(Run(arm, with_batches_that_fit(config, self.splits), gflop))
+        stable = {arm: self._stable_rates(arm) for arm in arms}
+        chosen = {arm: self._chosen_rate(arm, stable[arm], scored) for arm in arms}
+        runs = []
+        for seed in self._seeds:
+            for arm in arms:
+                configs: Sequence[Config | None]
+                if seed == self._seeds.start:
+                    configs = self._configs(arm, seed)
+                elif not stable[arm]:
+                    configs = []
+                elif (rate := chosen[arm]) is not None:
+                    configs = [self._config(arm, rate, seed)]
+                else:
+                    configs = [c for c in self._configs(arm, seed) if c.digest in scored] or [None]
+                runs += [Run(arm, seed, config, self._gflop(arm)) for config in configs]
         return runs
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
@@ -105,17 +120,17 @@ class Reproduction:
         return [
             run
             for run in runs
-            if run.config.digest not in done
-            and not (self._run_folder(run.config.digest) / DIVERGED).exists()
+            if run.config is None
+            or not (run.config.digest in done or self._diverged(run.config.digest))
         ]
 
-    def train(self, runs: Sequence[Run], budget: float | None, go_on: str) -> bool:
-        """Train one after the other, and add a line for each.
+    def train(self, experiment: Experiment, budget: float | None, go_on: str) -> bool:
+        """Train what is missing of an experiment, and add a line for each.
 
         Several processes may be at it: what one has begun the others leave to it.
 
         Args:
-            runs: what is missing.
+            experiment: which.
             budget: seconds; a run that is expected to end after them is not begun.
             go_on: the command that goes on, for who stops it.
 
@@ -127,7 +142,22 @@ class Reproduction:
         """
         began = time.monotonic()
         speed: list[float] = []  # GFLOP a second, of the runs so far
-        for number, run in enumerate(runs, start=1):
+        seen: set[str] = set()  # of this process or another
+        while True:
+            missing = self.missing(self.plan(experiment))
+            ready = [
+                (run, run.config) for run in missing if run.config and run.config.digest not in seen
+            ]
+            waiting = sum(run.config is None for run in missing)
+            to_go = len(ready) + waiting
+            if not ready:
+                if waiting:
+                    self.console.print(
+                        f"{waiting} runs wait for a rate that another process tries: give the "
+                        "command again when it has"
+                    )
+                return True
+            run, config = ready[0]
             if budget is not None:
                 speed = speed or [self.speed()]
                 needed = run.gflop / statistics.median(speed)
@@ -135,15 +165,12 @@ class Reproduction:
                 if needed > left:
                     self.console.print(
                         f"{run.arm.name} takes about {_minutes(needed)}, and {_minutes(left)} of "
-                        f"the budget are left: {len(runs) - number + 1} runs are not begun"
+                        f"the budget are left: {to_go} runs are not begun"
                     )
-                    break
-            if not self.missing([run]):
-                continue  # another process has done it meanwhile
-            config = run.config
+                    return True
+            seen.add(config.digest)
             self.console.rule(
-                f"{number} of {len(runs)}: {run.arm.name}, rate {config.train.lr:g}, "
-                f"seed {config.seed}"
+                f"{run.arm.name}, rate {config.train.lr:g}, seed {run.seed}; {to_go} to go"
             )
             started = time.monotonic()
             folder = self._run_folder(config.digest)
@@ -163,7 +190,6 @@ class Reproduction:
                 append_record(self.results, record)
             if not begun:
                 speed = [*speed, run.gflop / (time.monotonic() - started)][-5:]
-        return True
 
     def score_baselines(self) -> None:
         """Raw pixels and the pretrained start, if they have no line."""
@@ -183,7 +209,13 @@ class Reproduction:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
         runs = self.plan(experiment)
-        of_digest = {run.config.digest: run.arm.name for run in runs}
+        arms = experiment.arms(self.scale.learners)
+        of_digest = {
+            config.digest: arm.name
+            for arm in arms
+            for seed in self._seeds
+            for config in self._configs(arm, seed)
+        }
         of_baselines = self.scale.base.digest
         records: dict[str, list[dict[str, Any]]] = {}
         baselines: dict[str, Arm] = {}
@@ -194,7 +226,6 @@ class Reproduction:
             elif is_baseline(record) and digest == of_baselines:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
-        arms = experiment.arms(self.scale.learners)
         rows = rows_of([*baselines.values(), *arms], records)
         judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
         data, base = self.splits.name, self.scale.base
@@ -260,6 +291,46 @@ class Reproduction:
         seconds = statistics.median([step() for _ in range(4)][1:])
         return 6 * count_macs(model, side) * images / 1e9 / seconds
 
+    @property
+    def _seeds(self) -> range:
+        first = self.scale.base.seed
+        return range(first, first + self.seeds)
+
+    def _config(self, arm: Arm, rate: float, seed: int) -> Config:
+        settings = [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
+        return with_batches_that_fit(self.scale.base.with_overrides(settings), self.splits)
+
+    def _configs(self, arm: Arm, seed: int) -> list[Config]:
+        """One at each rate."""
+        return [self._config(arm, rate, seed) for rate in arm.rates or self.scale.rates]
+
+    def _stable_rates(self, arm: Arm) -> list[float]:
+        """Those that diverged with no seed."""
+        return [
+            rate
+            for rate in arm.rates or self.scale.rates
+            if not any(self._diverged(self._config(arm, rate, seed).digest) for seed in self._seeds)
+        ]
+
+    def _chosen_rate(
+        self, arm: Arm, rates: Sequence[float], scored: Mapping[str, float]
+    ) -> float | None:
+        """The rate with which the first seed has the best score; None if not all are scored.
+
+        Args:
+            arm: whose.
+            rates: to choose from; there is nothing to wait for where there is one.
+            scored: digest of a configuration -> Recall@1 on held-out classes.
+        """
+        scores = {r: scored.get(self._config(arm, r, self._seeds.start).digest) for r in rates}
+        if len(scores) == 1:
+            return rates[0]
+        known = {rate: score for rate, score in scores.items() if score is not None}
+        return max(known, key=known.__getitem__) if rates and len(known) == len(scores) else None
+
+    def _diverged(self, digest: str) -> bool:
+        return (self._run_folder(digest) / DIVERGED).exists()
+
     def _run_folder(self, digest: str) -> Path:
         """Of a configuration on these images: others may be called the same."""
         return self.folder / "runs" / f"{digest}-{self.splits.digest}"
@@ -273,14 +344,19 @@ class Reproduction:
             if counts(record) and record["images_digest"] == self.splits.digest
         ]
 
-    def _gflop(self, config: Config) -> float:
-        with torch.device("meta"):
-            macs = count_macs(build_model(config), config.data.crop)
-        train = config.train
-        evaluations = train.steps // train.eval_every + 1
-        images = 3 * train.steps * train.batch_size + evaluations * len(self.splits.select)
-        gallery = 0 if self.splits.gallery is None else len(self.splits.gallery)
-        return 2 * macs * (images + len(self.splits.test) + gallery) / 1e9
+    def _gflop(self, arm: Arm) -> float:
+        if arm not in self._gflops:
+            config = self.scale.base.with_overrides(arm.settings)
+            with torch.device("meta"):
+                macs = count_macs(build_model(config), config.data.crop)
+            train = config.train
+            evaluations = train.steps // train.eval_every + 1
+            gallery = 0 if self.splits.gallery is None else len(self.splits.gallery)
+            tested = len(self.splits.test) + gallery
+            scored = len(self.splits.select) + tested * (config.protocol == "both")
+            images = 3 * train.steps * train.batch_size + evaluations * scored + tested
+            self._gflops[arm] = 2 * macs * images / 1e9
+        return self._gflops[arm]
 
 
 def reproduce(
@@ -302,8 +378,7 @@ def reproduce(
     for name, experiment in experiments.items():
         if going:
             left = None if budget is None else budget - (time.monotonic() - began)
-            missing = reproduction.missing(reproduction.plan(experiment))
-            going = reproduction.train(missing, left, go_on)
+            going = reproduction.train(experiment, left, go_on)
         show(reproduction.write(name, experiment))
     return going
 
@@ -313,16 +388,18 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
     speed = reproduction.speed()
     table = Table("experiment", "run", "rate", "seed", "about", box=None, pad_edge=False)
     total = 0.0
-    listed: set[str] = set()
+    listed: set[tuple[Arm | str, int]] = set()
     for name, experiment in experiments.items():
         for run in reproduction.missing(reproduction.plan(experiment)):
-            if run.config.digest in listed:
+            which = (run.config.digest if run.config else run.arm), run.seed
+            if which in listed:
                 continue
-            listed.add(run.config.digest)
+            listed.add(which)
             seconds = run.gflop / speed
             total += seconds
-            rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)
-            table.add_row(name, run.arm.name, rate, seed, _minutes(seconds))
+            first = reproduction.scale.base.seed
+            rate = f"{run.config.train.lr:g}" if run.config else f"as seed {first} chooses"
+            table.add_row(name, run.arm.name, rate, str(run.seed), _minutes(seconds))
     table.caption = f"{len(listed)} runs, about {_minutes(total)} in all"
     return table
 

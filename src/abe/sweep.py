@@ -111,7 +111,7 @@ def run_sweep(
     """
     if base.protocol != "val":
         raise InputError(
-            f"protocol={base.protocol} selects by the test images, which a sweep leaves alone: "
+            f"protocol={base.protocol} scores the test images, which a sweep leaves alone: "
             "leave --set protocol=val"
         )
     base = base.anchored()

@@ -336,15 +336,13 @@ class Trainer:
             ):
                 loss = self.train_step(batch)
                 advance(self.step, loss.total.item())
-                stopped = self.ranks.any(stop.received is not None)
-                if (
-                    self.step == self.config.train.steps
-                    or self.step % self.config.train.eval_every == 0
-                ):
+                last = self.step == self.config.train.steps
+                evaluated = last or self.step % self.config.train.eval_every == 0
+                if evaluated:
                     self._evaluate_and_save()
-                elif stopped:
-                    self._save()
-                if stopped:
+                if self.ranks.any(stop.received is not None):  # also while it evaluated
+                    if not evaluated:
+                        self._save()
                     self._say(
                         f"Stopped by {stop.received or 'a signal to another rank'} after step "
                         f"{self.step}, saved. To go on: {go_on}"
@@ -407,6 +405,8 @@ class Trainer:
         else:
             own = embed_in_chunks(self._embed, batch.images, train.chunk_size)
         raw = self.ranks.gather(own, len(batch.labels)).requires_grad_()  # (B, M, d)
+        if not raw.isfinite().all():
+            self._refuse("embeddings are not finite", batch)
         loss, embeddings = self._loss(raw, batch.labels)
         if not math.isfinite(loss.total.item()):
             self._refuse(f"the loss is {loss.total.item()}", batch)
@@ -663,9 +663,7 @@ class Trainer:
             precision=self.precision,
             ranks=self.ranks,
         )
-        if self.config.protocol == "both":
-            best = picked_by_test(self.run / LOG) if self.ranks.first else None
-            evaluation.record["scores"]["test_picked"] = self.ranks.from_first(best)
+        _add_test_pick(evaluation.record, self.run, self.ranks)
         write_result(self.run, *evaluation, self.ranks)
         return evaluation.record
 
@@ -939,18 +937,22 @@ def evaluate_run(
         )
         facts = _facts_of_other_images(splits, own)
     ranks.require_same(images=splits.digest)
-    return evaluate_test(
+    method = _method(path, checkpoint)
+    record = evaluate_test(
         model,
         config,
         splits,
         checkpoint.preprocessing,
         best=checkpoint.best,
         weights=checkpoint.weights,
-        method=_method(path, checkpoint),
+        method=method,
         facts=facts,
         precision=precision,
         ranks=ranks,
     ).record
+    if facts is None and method is None:
+        _add_test_pick(record, path if checkpoint.path != path else path.parent.parent, ranks)
+    return record
 
 
 def _method(path: Path, checkpoint: Checkpoint) -> str | None:
@@ -1004,17 +1006,22 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
     return [line for line in lines if line["step"] <= step]
 
 
-def picked_by_test(path: Path) -> dict[str, float]:
-    """What the paper's protocol would have reported of a run of protocol "both".
+def _add_test_pick(record: dict[str, Any], run: Path, ranks: Ranks) -> None:
+    """Say in the record of a run of protocol "both" what "paper" would have reported of it.
 
     The best score of its test images in its metrics.jsonl, and the first step that has it.
 
     Raises:
         InputError: as `read_log`.
     """
-    lines = [line for line in read_log(path, sys.maxsize) if TEST_RECALL in line]
-    best = max(lines, key=lambda line: line[TEST_RECALL])
-    return {"step": best["step"], "recall@1": best[TEST_RECALL]}
+    if record["protocol"] != "both":
+        return
+    best = None
+    if ranks.first and (run / LOG).exists():
+        lines = [line for line in read_log(run / LOG, sys.maxsize) if TEST_RECALL in line]
+        best = max(lines, key=lambda line: line[TEST_RECALL], default=None)
+    if best := ranks.from_first(best):
+        record["scores"]["test_picked"] = {"step": best["step"], "recall@1": best[TEST_RECALL]}
 
 
 def forget_later_steps(path: Path, step: int) -> None:

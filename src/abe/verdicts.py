@@ -43,6 +43,7 @@ from abe.start import build_model
 
 MIN_SEEDS = 3  # below that a claim is left open
 OPEN = "open"
+PICKED: Quantity = "recall@1 picked by test images"
 NOT_RUN = "not run"
 
 
@@ -112,7 +113,7 @@ def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
         return unpack(scores["hits@1"]).astype(np.float64)
     if quantity == "learners' recall@1":
         return np.array([np.mean([learner["recall@1"] for learner in scores["learners"]])])
-    if quantity == "recall@1 picked by test images":
+    if quantity == PICKED:
         picked = scores.get("test_picked")
         return np.array([picked["recall@1"]] if picked else [])
     cosine = scores["similarity"]["self"]
@@ -199,6 +200,8 @@ def values_of(experiment: Experiment, row: Row, data: str, base: Config) -> dict
             **row.found.scores,
             "runs": " ".join(record["config_digest"] for record in row.found.runs),
         }
+        if picked := row.samples(PICKED):
+            values[PICKED] = float(np.mean(list(picked.values())))
     if row.arm.settings:
         parameters, macs = costs(base.with_overrides(row.arm.settings))
         values |= {"parameters": parameters, "MACs": macs}
@@ -221,7 +224,7 @@ def markdown(values: Sequence[Mapping[str, Any]]) -> str:
     columns = {"method": "method", "seeds": "seeds", "rate": "rate"}
     if any("paper's row" in row and any(n.startswith("paper ") for n in row) for row in values):
         columns["paper's row"] = "paper's row"
-    for name in [*ks, "learner recall@1", "learner cosine", "parameters", "MACs"]:
+    for name in [*ks, PICKED, "learner recall@1", "learner cosine", "parameters", "MACs"]:
         theirs = f"paper {_in_paper(name)}"
         if any(name in row for row in values):
             columns[name] = name.replace("recall@", "R@")
