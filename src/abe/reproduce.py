@@ -178,7 +178,8 @@ class Reproduction:
             try:
                 record = Trainer.begin(config, folder, self.console).fit(go_on)
             except TakenError:
-                self.console.print(f"{folder} is left to the process that trains it")
+                told = f"{folder} is left to the process that trains it"
+                self.console.print(told, markup=False, highlight=False, soft_wrap=True)
                 continue
             except DivergedError as error:
                 self.console.print(f"{error}", markup=False)
