@@ -25,11 +25,11 @@ from abe.intervals import pack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
-from abe.reproduce import DIVERGED, Reproduction, dry_run
-from abe.results import append_record, method_name, read_records, result_record
+from abe.reproduce import Reproduction
+from abe.results import read_records, result_record
 from abe.runtime import seconds_of
 from abe.start import build_model
-from abe.train import Trainer, with_batches_that_fit
+from abe.train import Trainer
 from abe.verdicts import cuts, judge, markdown, paper_row, results_page, rows_of, values_of
 
 ABE = str(Path(sys.executable).with_name("abe"))
@@ -329,90 +329,21 @@ def planned(tmp_path: Path) -> Reproduction:
     return Reproduction(scale, "small", tmp_path / "runs.jsonl", tmp_path, Console(quiet=True))
 
 
-def score(reproduction: Reproduction, scores: dict[tuple[int, int, float], float]) -> None:
-    """Add a line of table 2: its arm, seed and rate -> Recall@1 on held-out classes."""
-    arms = EXPERIMENTS["table2"].arms(2)
-    for (arm, seed, rate), recall in scores.items():
-        overrides = [*arms[arm].settings, f"train.lr={rate}", f"seed={seed}"]
-        config = with_batches_that_fit(
-            reproduction.scale.base.with_overrides(overrides), reproduction.splits
-        )
-        line = record(arms[arm], seed, [True, False], rate=rate) | {
-            "config": config.portable(),
-            "config_digest": config.digest,
-            "method": method_name(config),
-            "images_digest": reproduction.splits.digest,
-            "selection_recall@1": recall,
-        }
-        append_record(reproduction.results, line)
+def test_every_seed_tries_every_rate_and_whole_tables_come_first(planned: Reproduction) -> None:
+    runs = planned.plan(EXPERIMENTS["table2"])
+    tried = [(run.config.seed, run.config.train.lr) for run in runs]
+    assert tried == [(seed, rate) for seed in (5, 6, 7) for _ in range(2) for rate in (0.01, 0.3)]
+    assert [run.arm for run in runs[:4:2]] == list(EXPERIMENTS["table2"].arms(2))
 
 
-def runs_of(reproduction: Reproduction, *, missing: bool = False) -> list[tuple[int, Any]]:
-    """Seed and rate of the runs of table 2's second arm; None for a rate that is not chosen."""
-    arm = EXPERIMENTS["table2"].arms(2)[1]
-    runs = reproduction.plan(EXPERIMENTS["table2"])
-    runs = reproduction.missing(runs) if missing else runs
-    return [(r.seed, r.config and r.config.train.lr) for r in runs if r.arm == arm]
-
-
-def diverge(reproduction: Reproduction, seed: int, rate: float) -> None:
-    for run in reproduction.plan(EXPERIMENTS["table2"])[2:]:
-        if run.config and (run.seed, run.config.train.lr) == (seed, rate):
-            folder = reproduction.folder / "runs"
-            folder = folder / f"{run.config.digest}-{reproduction.splits.digest}"
-            folder.mkdir(parents=True)
-            (folder / DIVERGED).write_text("the loss is nan")
-
-
-def test_the_first_seed_chooses_the_rate_of_the_others(planned: Reproduction) -> None:
-    both = [(5, 0.01), (5, 0.3)]
-    assert runs_of(planned) == [*both, (6, None), (7, None)]
-    score(planned, {(0, 5, 0.01): 0.9, (0, 5, 0.3): 0.1, (1, 5, 0.01): 0.2})
-    assert runs_of(planned) == [*both, (6, None), (7, None)]
-    score(planned, {(1, 5, 0.3): 0.4})
-    assert runs_of(planned) == [*both, (6, 0.3), (7, 0.3)]
-    assert runs_of(planned, missing=True) == [(6, 0.3), (7, 0.3)]
-
-
-def test_a_rate_that_diverges_with_any_seed_is_not_chosen(planned: Reproduction) -> None:
-    both = [(5, 0.01), (5, 0.3)]
-    score(planned, {(1, 5, 0.01): 0.2, (1, 5, 0.3): 0.4})
-    diverge(planned, 6, 0.3)
-    assert runs_of(planned, missing=True) == [(6, 0.01), (7, 0.01)]
-    diverge(planned, 5, 0.01)
-    assert runs_of(planned) == both
-    assert runs_of(planned, missing=True) == []
-
-
-def test_lines_of_seeds_whose_rate_is_not_chosen_again_are_not_missing(
-    planned: Reproduction,
-) -> None:
-    score(planned, {(1, seed, 0.01): 0.2 for seed in (5, 6, 7)})
-    assert runs_of(planned, missing=True) == [(5, 0.3)]
-
-
-def test_a_single_rate_is_not_waited_for(planned: Reproduction) -> None:
-    planned.scale = replace(planned.scale, rates=(0.3,))
-    assert runs_of(planned) == [(5, 0.3), (6, 0.3), (7, 0.3)]
-
-
-def test_what_is_to_be_chosen_is_listed(planned: Reproduction) -> None:
-    console = Console(file=io.StringIO(), record=True, width=120)
-    console.print(dry_run(planned, {"table2": EXPERIMENTS["table2"]}))
-    text = console.export_text()
-    assert text.count("as seed 5 chooses") == 4
-    assert "8 runs" in text
-
-
-def test_what_waits_for_another_process_is_told(
+def test_what_another_process_trains_is_left_to_it(
     planned: Reproduction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "begin", MagicMock(side_effect=TakenError("another has it")))
     planned.console = Console(file=io.StringIO(), record=True, width=120)
     assert planned.train(EXPERIMENTS["table2"], None, "abe reproduce table2")
     text = planned.console.export_text()
-    assert text.count("is left to the process that trains it") == 4
-    assert "4 runs wait for a rate that another process tries" in text
+    assert text.count("is left to the process that trains it") == 12
 
 
 def test_scoring_the_test_images_all_along_takes_time(planned: Reproduction) -> None:

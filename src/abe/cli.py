@@ -502,9 +502,9 @@ def reproduce(
 ) -> None:
     """Repeat a table or figure of the paper on your images.
 
-    Every row has the same steps and chooses its rate by held-out classes, with the first seed. An
-    interrupted or exhausted budget goes on when the same command is given again; rows that the
-    results file has are not run again. Writes Markdown, CSV and a picture.
+    Every row has the same steps and chooses its rate by held-out classes, in the mean over the
+    seeds. An interrupted or exhausted budget goes on when the same command is given again; rows
+    that the results file has are not run again. Writes Markdown, CSV and a picture.
     """
     from dataclasses import replace
 

@@ -1,9 +1,9 @@
 """Run what a table or figure of the paper needs, and set our figures beside the paper's.
 
 Runs are lines of a results file. What has a line, by the digests of its configuration and of its
-images, is not run again; what was interrupted goes on where it was. The first seed tries every
-rate, and the others take the one that it chose by held-out classes. Seeds come first: a budget that
-ends early leaves a whole table of fewer seeds.
+images, is not run again; what was interrupted goes on where it was. Seeds come first: a budget that
+ends early leaves a whole table of fewer seeds. All of them try every rate: which one is best on
+held-out classes differs from seed to seed, and the mean over the seeds chooses.
 """
 
 from __future__ import annotations
@@ -52,14 +52,12 @@ class Run:
 
     Attributes:
         arm: of the experiment.
-        seed: of the run.
-        config: with the rate and the seed; None as long as the first seed has not chosen the rate.
+        config: with the rate and the seed.
         gflop: what it computes, as multiplications and additions, evaluations included.
     """
 
     arm: Arm
-    seed: int
-    config: Config | None
+    config: Config
     gflop: float
 
 
@@ -91,28 +89,12 @@ class Reproduction:
 
     def plan(self, experiment: Experiment) -> list[Run]:
         """All trainings of an experiment, one seed after the other."""
-        scored = {
-            record["config_digest"]: record["selection_recall@1"]
-            for record in self._records()
-            if not is_baseline(record)
-        }
-        arms = experiment.arms(self.scale.learners)
-        stable = {arm: self._stable_rates(arm) for arm in arms}
-        chosen = {arm: self._chosen_rate(arm, stable[arm], scored) for arm in arms}
-        runs = []
-        for seed in self._seeds:
-            for arm in arms:
-                configs: Sequence[Config | None]
-                if seed == self._seeds.start:
-                    configs = self._configs(arm, seed)
-                elif not stable[arm]:
-                    configs = []
-                elif (rate := chosen[arm]) is not None:
-                    configs = [self._config(arm, rate, seed)]
-                else:
-                    configs = [c for c in self._configs(arm, seed) if c.digest in scored] or [None]
-                runs += [Run(arm, seed, config, self._gflop(arm)) for config in configs]
-        return runs
+        return [
+            Run(arm, config, self._gflop(arm))
+            for seed in self._seeds
+            for arm in experiment.arms(self.scale.learners)
+            for config in self._configs(arm, seed)
+        ]
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those that have no line yet, and did not diverge."""
@@ -120,8 +102,7 @@ class Reproduction:
         return [
             run
             for run in runs
-            if run.config is None
-            or not (run.config.digest in done or self._diverged(run.config.digest))
+            if not (run.config.digest in done or self._diverged(run.config.digest))
         ]
 
     def train(self, experiment: Experiment, budget: float | None, go_on: str) -> bool:
@@ -142,22 +123,13 @@ class Reproduction:
         """
         began = time.monotonic()
         speed: list[float] = []  # GFLOP a second, of the runs so far
-        seen: set[str] = set()  # of this process or another
+        seen: set[str] = set()  # by this process
+        runs = self.plan(experiment)
         while True:
-            missing = self.missing(self.plan(experiment))
-            ready = [
-                (run, run.config) for run in missing if run.config and run.config.digest not in seen
-            ]
-            waiting = sum(run.config is None for run in missing)
-            to_go = len(ready) + waiting
-            if not ready:
-                if waiting:
-                    self.console.print(
-                        f"{waiting} runs wait for a rate that another process tries: give the "
-                        "command again when it has"
-                    )
+            missing = [run for run in self.missing(runs) if run.config.digest not in seen]
+            if not missing:
                 return True
-            run, config = ready[0]
+            run, config = missing[0], missing[0].config
             if budget is not None:
                 speed = speed or [self.speed()]
                 needed = run.gflop / statistics.median(speed)
@@ -165,12 +137,13 @@ class Reproduction:
                 if needed > left:
                     self.console.print(
                         f"{run.arm.name} takes about {_minutes(needed)}, and {_minutes(left)} of "
-                        f"the budget are left: {to_go} runs are not begun"
+                        f"the budget are left: {len(missing)} runs are not begun"
                     )
                     return True
             seen.add(config.digest)
             self.console.rule(
-                f"{run.arm.name}, rate {config.train.lr:g}, seed {run.seed}; {to_go} to go"
+                f"{run.arm.name}, rate {config.train.lr:g}, seed {config.seed}; "
+                f"{len(missing)} to go"
             )
             started = time.monotonic()
             folder = self._run_folder(config.digest)
@@ -210,13 +183,7 @@ class Reproduction:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
         runs = self.plan(experiment)
-        arms = experiment.arms(self.scale.learners)
-        of_digest = {
-            config.digest: arm.name
-            for arm in arms
-            for seed in self._seeds
-            for config in self._configs(arm, seed)
-        }
+        of_digest = {run.config.digest: run.arm.name for run in runs}
         of_baselines = self.scale.base.digest
         records: dict[str, list[dict[str, Any]]] = {}
         baselines: dict[str, Arm] = {}
@@ -227,6 +194,7 @@ class Reproduction:
             elif is_baseline(record) and digest == of_baselines:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
+        arms = experiment.arms(self.scale.learners)
         rows = rows_of([*baselines.values(), *arms], records)
         judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
         data, base = self.splits.name, self.scale.base
@@ -297,37 +265,16 @@ class Reproduction:
         first = self.scale.base.seed
         return range(first, first + self.seeds)
 
-    def _config(self, arm: Arm, rate: float, seed: int) -> Config:
-        settings = [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
-        return with_batches_that_fit(self.scale.base.with_overrides(settings), self.splits)
-
     def _configs(self, arm: Arm, seed: int) -> list[Config]:
         """One at each rate."""
-        return [self._config(arm, rate, seed) for rate in arm.rates or self.scale.rates]
-
-    def _stable_rates(self, arm: Arm) -> list[float]:
-        """Those that diverged with no seed."""
+        base = self.scale.base
         return [
-            rate
+            with_batches_that_fit(
+                base.with_overrides([*arm.settings, f"train.lr={rate}", f"seed={seed}"]),
+                self.splits,
+            )
             for rate in arm.rates or self.scale.rates
-            if not any(self._diverged(self._config(arm, rate, seed).digest) for seed in self._seeds)
         ]
-
-    def _chosen_rate(
-        self, arm: Arm, rates: Sequence[float], scored: Mapping[str, float]
-    ) -> float | None:
-        """The rate with which the first seed has the best score; None if not all are scored.
-
-        Args:
-            arm: whose.
-            rates: to choose from; there is nothing to wait for where there is one.
-            scored: digest of a configuration -> Recall@1 on held-out classes.
-        """
-        scores = {r: scored.get(self._config(arm, r, self._seeds.start).digest) for r in rates}
-        if len(scores) == 1:
-            return rates[0]
-        known = {rate: score for rate, score in scores.items() if score is not None}
-        return max(known, key=known.__getitem__) if rates and len(known) == len(scores) else None
 
     def _diverged(self, digest: str) -> bool:
         return (self._run_folder(digest) / DIVERGED).exists()
@@ -389,18 +336,16 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
     speed = reproduction.speed()
     table = Table("experiment", "run", "rate", "seed", "about", box=None, pad_edge=False)
     total = 0.0
-    listed: set[tuple[Arm | str, int]] = set()
+    listed: set[str] = set()
     for name, experiment in experiments.items():
         for run in reproduction.missing(reproduction.plan(experiment)):
-            which = (run.config.digest if run.config else run.arm), run.seed
-            if which in listed:
+            if run.config.digest in listed:
                 continue
-            listed.add(which)
+            listed.add(run.config.digest)
             seconds = run.gflop / speed
             total += seconds
-            first = reproduction.scale.base.seed
-            rate = f"{run.config.train.lr:g}" if run.config else f"as seed {first} chooses"
-            table.add_row(name, run.arm.name, rate, str(run.seed), _minutes(seconds))
+            rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)
+            table.add_row(name, run.arm.name, rate, seed, _minutes(seconds))
     table.caption = f"{len(listed)} runs, about {_minutes(total)} in all"
     return table
 
