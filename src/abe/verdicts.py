@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from abe.config import Config
 from abe.experiments import (
     EXPERIMENTS,
+    PICKED,
     SIMILAR,
     Arm,
     Claim,
@@ -43,7 +44,6 @@ from abe.start import build_model
 
 MIN_SEEDS = 3  # below that a claim is left open
 OPEN = "open"
-PICKED: Quantity = "recall@1 picked by test images"
 NOT_RUN = "not run"
 
 
@@ -186,8 +186,10 @@ def papers_difference(experiment: Experiment, claim: Claim, learners: int, data:
         data: name of our images, see `papers_images`.
     """
     column = {"recall@1": "R@1", "learners' recall@1": "learner_R@1"}.get(claim.quantity, "")
-    rows = {a.name: paper_row(experiment, a, data) for a in experiment.arms(learners)}
-    more, less = (rows[arm].get(column) for arm in (claim.more, claim.less))
+    arms = {arm.name: arm for arm in experiment.arms(learners)}
+    more, less = (
+        paper_row(experiment, arms[name], data).get(column) for name in (claim.more, claim.less)
+    )
     return "" if more is None or less is None or claim.against else f"{more - less:+.1f}"
 
 
