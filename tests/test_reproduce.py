@@ -20,7 +20,7 @@ from rich.console import Console
 
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError, TakenError
-from abe.experiments import EXPERIMENTS, Claim, Scale, full, get_experiments, small
+from abe.experiments import EXPERIMENTS, Arm, Claim, Scale, full, get_experiments, small
 from abe.intervals import pack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
@@ -344,6 +344,24 @@ def test_what_another_process_trains_is_left_to_it(
     assert planned.train(EXPERIMENTS["table2"], None, "abe reproduce table2")
     text = planned.console.export_text()
     assert text.count("is left to the process that trains it") == 12
+
+
+def test_images_are_read_once_for_all_runs_of_the_same(
+    planned: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = MagicMock(side_effect=TakenError("another has it"))
+    monkeypatch.setattr(Trainer, "begin", begin)
+    arm = Arm("larger", ("data.crop=48", "data.resize=48"))
+    larger = replace(EXPERIMENTS["table2"], arms=lambda most: (arm,))
+    for experiment, given in (
+        (EXPERIMENTS["table2"], planned.splits),
+        (EXPERIMENTS["protocol"], planned.splits),
+        (larger, None),
+    ):
+        begin.reset_mock()
+        planned.train(experiment, None, "again")
+        assert [call.kwargs["splits"] for call in begin.call_args_list]
+        assert all(call.kwargs["splits"] is given for call in begin.call_args_list)
 
 
 def test_scoring_the_test_images_all_along_takes_time(planned: Reproduction) -> None:

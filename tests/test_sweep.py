@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -40,11 +41,15 @@ SMALL = TINY.with_overrides(["train.eval_every=1"])
 class Quick:
     """In the place of `Trainer`: its recall is highest at a rate of 0.001 and at 10 it diverges."""
 
+    given: ClassVar[list[str | None]] = []
+
     def __init__(self, config: Config) -> None:
         self.train = config.train
+        self.splits = "the images"
 
     @classmethod
-    def begin(cls, config: Config, run: Path, console: Console) -> Quick:
+    def begin(cls, config: Config, run: Path, console: Console, *, splits: str | None) -> Quick:
+        cls.given.append(splits)
         return cls(config)
 
     def select(self, go_on: str | None) -> Best | None:
@@ -56,6 +61,7 @@ class Quick:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "Trainer", Quick)
+    monkeypatch.setattr(Quick, "given", [])
 
 
 def settings(trials: list[Trial]) -> list[dict[str, float | str]]:
@@ -80,6 +86,7 @@ def test_the_first_trial_is_the_recipe_and_others_are_in_the_space(
         assert 0.2 <= margin <= 2
         assert 0.01 <= weight <= 10
         assert normalization in ("per_image", "sum", "balanced")
+    assert Quick.given == [None, *["the images"] * 7]  # read once
 
 
 def test_only_the_named_keys_are_searched(quick: None, tmp_path: Path) -> None:

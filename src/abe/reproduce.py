@@ -29,7 +29,13 @@ from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
 from abe.report.reproduced import draw
 from abe.results import append_record, is_baseline, read_records
-from abe.runtime import autocast, choose_device, choose_precision, replace_text
+from abe.runtime import (
+    autocast,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    replace_text,
+)
 from abe.start import build_model
 from abe.train import DivergedError, Trainer, with_batches_that_fit
 from abe.verdicts import (
@@ -149,7 +155,9 @@ class Reproduction:
             folder = self._run_folder(config.digest)
             begun = bool(checkpoints(folder))
             try:
-                record = Trainer.begin(config, folder, self.console).fit(go_on)
+                record = Trainer.begin(
+                    config, folder, self.console, splits=self._splits_of(config)
+                ).fit(go_on)
             except TakenError:
                 told = f"{folder} is left to the process that trains it"
                 self.console.print(told, markup=False, highlight=False, soft_wrap=True)
@@ -243,7 +251,8 @@ class Reproduction:
         config, images = base, base.train.batch_size
         if device.type == "cpu":
             config = base.with_overrides(["model.num_learners=2", "model.embedding_dim=2"])
-            images = 8
+            images = min(images, 32)  # fewer take longer for each
+            keep_freed_memory()
         model = build_model(config).to(device)
         side = config.data.crop
         pixels = torch.zeros(images, 3, side, side, device=device)
@@ -278,6 +287,13 @@ class Reproduction:
 
     def _diverged(self, digest: str) -> bool:
         return (self._run_folder(digest) / DIVERGED).exists()
+
+    def _splits_of(self, config: Config) -> Splits | None:
+        """Those of the base, if the run has the same; they are read once then."""
+        own, base = (
+            (each.data, each.protocol == "paper") for each in (config.anchored(), self.scale.base)
+        )
+        return self.splits if own == base else None
 
     def _run_folder(self, digest: str) -> Path:
         """Of a configuration on these images: others may be called the same."""

@@ -205,7 +205,7 @@ def scores_table(records: Iterable[dict[str, Any]]) -> Table:
             *(f"{100 * scores['ensemble'][column]:.1f}" for column in columns),
             f"{100 * scores['ensemble']['map@r']:.1f}",
             f"{min(learners):.1f}-{max(learners):.1f}" if len(learners) > 1 else "",
-            "" if cosine is None else f"{cosine:.2f}",
+            "" if cosine is None else f"{cosine:z.2f}",
             "" if step is None else str(step),
         )
     data, protocol = records[0]["data"], records[0]["protocol"]
@@ -412,7 +412,7 @@ def _table(summaries: list[Summary]) -> str:
                 _percent(summary, name)
                 for name in (*recalls, "learner recall@1", "best learner recall@1")
             ),
-            "" if cosine is None else f"{cosine:.2f}",
+            "" if cosine is None else f"{cosine:z.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -121,6 +121,7 @@ def run_sweep(
         remove_unfinished(folder)
         _require_same_sweep(folder / SWEEP, base, keys, seed)
         done = read_trials(folder / TRIALS)
+        splits = None
         for number, trial in enumerate(done):
             _forget_checkpoints(_run(folder, number, trial.digest))
         while len(done) < trials and (budget is None or sum(t.seconds for t in done) < budget):
@@ -129,7 +130,17 @@ def run_sweep(
             console.print(" ".join(overrides(settings)), highlight=False, soft_wrap=True)
             config = base.with_overrides(overrides(settings))
             run = _run(folder, len(done), config.digest)
-            trial = _try(config, settings, run, console, go_on)
+            started = time.perf_counter()
+            trainer = Trainer.begin(config, run, console, splits=splits)
+            splits = trainer.splits  # read once
+            recall = _select(trainer, console, go_on)
+            trial = Trial(
+                settings=settings,
+                digest=config.digest,
+                selection_recall=recall,
+                seconds=round(time.perf_counter() - started, 1),
+                state="diverged" if recall is None else "complete",
+            )
             done.append(trial)
             lines = (json.dumps(each.model_dump()) + "\n" for each in done)
             replace_text(folder / TRIALS, "".join(lines))
@@ -252,30 +263,20 @@ def read_trials(path: Path) -> list[Trial]:
     return trials
 
 
-def _try(
-    config: Config, settings: dict[str, float | str], run: Path, console: Console, go_on: str
-) -> Trial:
-    """Train to the end, from the run's checkpoint if it has one.
+def _select(trainer: Trainer, console: Console, go_on: str) -> float | None:
+    """Recall@1 on held-out classes after training to the end; None if it diverged.
 
     Raises:
         KeyboardInterrupt: a signal stopped it, and it is saved.
     """
-    started = time.perf_counter()
-    recall = None
     try:
-        best = Trainer.begin(config, run, console).select(go_on)
-        if best is None:
-            raise KeyboardInterrupt
-        recall = best.recall_at_1
+        best = trainer.select(go_on)
     except DivergedError as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    return Trial(
-        settings=settings,
-        digest=config.digest,
-        selection_recall=recall,
-        seconds=round(time.perf_counter() - started, 1),
-        state="diverged" if recall is None else "complete",
-    )
+        return None
+    if best is None:
+        raise KeyboardInterrupt
+    return best.recall_at_1
 
 
 def _run(folder: Path, number: int, digest: str) -> Path:

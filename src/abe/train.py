@@ -108,6 +108,7 @@ class Trainer:
         run: its folder; made if it does not exist. Several machines have to share it.
         console: where to report.
         checkpoint: of the same run, to go on from; see `resume`.
+        splits: of the configuration's images, if they are open already.
 
     Raises:
         InputError: whatever in the configuration, the data or the weights cannot be used; or the
@@ -121,6 +122,7 @@ class Trainer:
         console: Console | None = None,
         *,
         checkpoint: Checkpoint | None = None,
+        splits: Splits | None = None,
     ) -> None:
         self.config = config.anchored()
         self.run = run
@@ -152,7 +154,7 @@ class Trainer:
         _require_no_batch_statistics(self.start.model, self.ranks, config.train)
         if config.train.activation_checkpointing:
             self.start.model.checkpoint_activations()
-        self.splits: Splits = open_splits(
+        self.splits: Splits = splits or open_splits(
             config.data, config.protocol, self.console, check=self.ranks.first_here
         )
         if checkpoint is not None:
@@ -201,6 +203,7 @@ class Trainer:
         *,
         device: str | None = None,
         overrides: Iterable[str] = (),
+        splits: Splits | None = None,
     ) -> Trainer:
         """A trainer that goes on from the newest checkpoint of `run`.
 
@@ -209,6 +212,7 @@ class Trainer:
             console: where to report.
             device: to go on with another device, and then not to the bit; None for the run's.
             overrides: settings that decide no result, such as "data.workers=0".
+            splits: of the configuration's images, if they are open already.
 
         Raises:
             InputError: `run` has no checkpoint, or it is damaged; or other settings are given.
@@ -220,23 +224,30 @@ class Trainer:
                 f"{run} goes on as it was started: give only what changes no result, such as "
                 "data.workers, train.chunk_size, ranks_timeout or tracking"
             )
-        return cls(config, run, console, checkpoint=checkpoint)
+        return cls(config, run, console, checkpoint=checkpoint, splits=splits)
 
     @classmethod
-    def begin(cls, config: Config, run: Path, console: Console | None = None) -> Trainer:
+    def begin(
+        cls,
+        config: Config,
+        run: Path,
+        console: Console | None = None,
+        *,
+        splits: Splits | None = None,
+    ) -> Trainer:
         """A trainer that goes on in `run` if it has a checkpoint, and else begins there.
 
-        The images may have been moved in between.
+        The images may have been moved in between. The arguments are those of the class.
 
         Raises:
             InputError: as the class and `resume` do.
         """
         if not checkpoints(run):
-            return cls(config, run, console)
+            return cls(config, run, console, splits=splits)
         where = [
             f"data.{key}={json.dumps(getattr(config.data, key))}" for key in ("source", "root")
         ]
-        return cls.resume(run, console, device=config.device, overrides=where)
+        return cls.resume(run, console, device=config.device, overrides=where, splits=splits)
 
     def fit(self, go_on: str | None = None) -> dict[str, Any] | None:
         """Train to the last step, pick the checkpoint, score the test images once.

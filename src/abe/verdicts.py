@@ -276,7 +276,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     if "recall@" in name:
         return f"{100 * value:.1f}"
     if name == "learner cosine":
-        return f"{value:.2f}"
+        return f"{value:z.2f}"
     if name in ("parameters", "paper params_1e7"):
         return f"{value / 1e7 if name == 'parameters' else value:.2f}e7"
     if name in ("MACs", "paper macs_1e9"):
