@@ -20,6 +20,7 @@ from rich.console import Console
 from abe import cli, sweep, train
 from abe.checkpoint import Best, checkpoints
 from abe.config import Config
+from abe.data.splits import Splits
 from abe.errors import InputError
 from abe.runtime import read_json, read_json_lines
 from abe.sweep import (
@@ -41,14 +42,13 @@ SMALL = TINY.with_overrides(["train.eval_every=1"])
 class Quick:
     """In the place of `Trainer`: its recall is highest at a rate of 0.001 and at 10 it diverges."""
 
-    given: ClassVar[list[str | None]] = []
+    given: ClassVar[list[Splits]] = []
 
     def __init__(self, config: Config) -> None:
         self.train = config.train
-        self.splits = "the images"
 
     @classmethod
-    def begin(cls, config: Config, run: Path, console: Console, *, splits: str | None) -> Quick:
+    def begin(cls, config: Config, run: Path, console: Console, *, splits: Splits) -> Quick:
         cls.given.append(splits)
         return cls(config)
 
@@ -86,7 +86,8 @@ def test_the_first_trial_is_the_recipe_and_others_are_in_the_space(
         assert 0.2 <= margin <= 2
         assert 0.01 <= weight <= 10
         assert normalization in ("per_image", "sum", "balanced")
-    assert Quick.given == [None, *["the images"] * 7]  # read once
+    assert len(Quick.given) == 8
+    assert len(set(map(id, Quick.given))) == 1  # read once
 
 
 def test_only_the_named_keys_are_searched(quick: None, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_the_budget_is_that_of_all_trials_together(
     ("change", "name"),
     [
         ({"base": SMALL.with_overrides(["train.steps=9"])}, "train.steps"),
-        ({"base": SMALL.with_overrides(["data.source=elsewhere"])}, "data.source, images"),
+        ({"base": SMALL.with_overrides(["data.synthetic_images=5"])}, ".*synthetic_images, images"),
         ({"keys": ["train.lr"]}, "search"),
         ({"seed": 1}, "seed"),
     ],
@@ -356,6 +357,8 @@ def test_the_command_prints_a_table_and_how_to_use_the_best(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--search", "train.lr", "--search", "train.normalization", "--trials", "3"]
+    few = ["data.synthetic_classes=8", "data.synthetic_images=4", "data.val_classes=0.5"]
+    words += [f"--set={setting}" for setting in few]
     assert abe_here(monkeypatch, "sweep", "--folder", "s", *words, "--seed", "4") == 0
     printed = capsys.readouterr().out
     done = read_trials(tmp_path / "s" / "trials.jsonl")
@@ -366,7 +369,7 @@ def test_the_command_prints_a_table_and_how_to_use_the_best(
     assert [float(row[3]) for row in rows] == sorted(
         (round(100 * (trial.selection_recall or 0), 1) for trial in done), reverse=True
     )
-    base = cli._configure(None, None)
+    base = cli._configure(None, few)
     assert base.with_overrides(best.overrides).digest == best.digest
 
 

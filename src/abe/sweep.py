@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abe.config import Config
+from abe.data.splits import open_splits
 from abe.errors import InputError
 from abe.losses import ContrastiveNormalization
 from abe.results import differing, flatten
@@ -116,12 +117,12 @@ def run_sweep(
         )
     base = base.anchored()
     space = search_space(base, keys)
+    splits = open_splits(base.data, base.protocol, console)  # read once
     make_folder(folder)
     with locked(folder / LOCK, f"{folder} is swept by another process: wait for it"):
         remove_unfinished(folder)
-        _require_same_sweep(folder / SWEEP, base, keys, seed)
+        _require_same_sweep(folder / SWEEP, base, keys, seed, splits.digest)
         done = read_trials(folder / TRIALS)
-        splits = None
         for number, trial in enumerate(done):
             _forget_checkpoints(_run(folder, number, trial.digest))
         while len(done) < trials and (budget is None or sum(t.seconds for t in done) < budget):
@@ -132,7 +133,6 @@ def run_sweep(
             run = _run(folder, len(done), config.digest)
             started = time.perf_counter()
             trainer = Trainer.begin(config, run, console, splits=splits)
-            splits = trainer.splits  # read once
             recall = _select(trainer, console, go_on)
             trial = Trial(
                 settings=settings,
@@ -288,13 +288,15 @@ def _forget_checkpoints(run: Path) -> None:
         shutil.rmtree(run / "checkpoints")
 
 
-def _require_same_sweep(file: Path, base: Config, keys: Sequence[str], seed: int) -> None:
+def _require_same_sweep(
+    file: Path, base: Config, keys: Sequence[str], seed: int, images: str
+) -> None:
     """Write sweep.json, or raise InputError if it is of another sweep."""
     sweep: dict[str, Any] = {
         "search": [key for key in KEYS if key in keys],
         "seed": seed,
         "settings": base.portable(),
-        "images": [base.data.source, base.data.root],
+        "images": images,  # wherever they are
     }
     if not file.exists():
         write_json(file, sweep)
