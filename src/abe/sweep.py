@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 SWEEP, TRIALS, LOCK = "sweep.json", "trials.jsonl", ".lock"
 KEYS = ("train.lr", "train.margin", "train.divergence_weight", "train.normalization")
 LR_FACTOR = 10  # the rate is searched from a tenth of the recipe's to ten times it
+RANDOM_TRIALS = 5  # the first ones: a sweep is small, and the recipe is among them
 MARGINS = 0.2, 2.0  # on squared distances, which are 2 between vectors at a right angle
 DIVERGENCE_WEIGHTS = 0.01, 10.0
 
@@ -203,7 +204,7 @@ def propose(
         return {key: values[key] for key in space}
     optuna = _optuna()
     (state,) = np.random.SeedSequence(seed, spawn_key=(len(done),)).generate_state(1)
-    sampler = optuna.samplers.TPESampler(seed=int(state))
+    sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=int(state))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for number, trial in enumerate(done, start=1):
         try:

@@ -39,7 +39,16 @@ from abe.intervals import (
 )
 from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
-from abe.results import Summary, data_title, differing, flatten, is_baseline, method_name, summarize
+from abe.results import (
+    Summary,
+    data_title,
+    differing,
+    flatten,
+    is_baseline,
+    method_name,
+    summarize,
+    weights_name,
+)
 from abe.start import build_model
 
 MIN_SEEDS = 3  # below that a claim is left open
@@ -376,18 +385,17 @@ def _key(config: Config) -> str:
 def _setting(scale: str, record: dict[str, Any]) -> str:
     config = record["config"]
     train = config["train"]
+    weights = record["weights"]
+    begin = f"from {weights_name(weights)}" if weights else "from random weights"
     return (
         f"{data_title(record['data'])}, `{scale}`: {train['steps']} steps of {train['batch_size']} "
-        f"at {config['data']['crop']} px"
+        f"at {config['data']['crop']} px, {begin}"
     )
 
 
 def _stamps(records: Sequence[dict[str, Any]]) -> str:
-    """Which configurations, code, weights and images figures are from."""
+    """Which configurations, code and images figures are from."""
     digests = " ".join(dict.fromkeys(f"`{record['config_digest']}`" for record in records))
     commits = ", ".join(dict.fromkeys(str(r["environment"]["commit"]) for r in records))
-    weights = ", ".join(
-        dict.fromkeys(r["weights"]["sha256"][:12] if r["weights"] else "none" for r in records)
-    )
     images = ", ".join(dict.fromkeys(str(r.get("images_digest")) for r in records))
-    return f"{digests}; code {commits}; weights {weights}; images {images}"
+    return f"{digests}; code {commits}; images {images}"
