@@ -53,7 +53,7 @@ MODES = ("plain", "checkpointed", "chunks of 16", "chunks of 8")
 def network() -> AttentionEnsemble:
     torch.manual_seed(0)
     model = AttentionEnsemble()
-    load_pretrained(model.backbone_parts(), read_weights("googlenet-mini-imagenet"))
+    load_pretrained(model.backbone_parts(), read_weights("googlenet-mini-imagenet-v2"))
     return model
 
 

@@ -183,7 +183,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("data.crop=16", "data.crop=16 is too small for model.backbone=googlenet"),
         (
             "model.backbone=resnet50",
-            "googlenet-mini-imagenet are of the backbone googlenet, not of resnet50: "
+            "googlenet-mini-imagenet-v2 are of the backbone googlenet, not of resnet50: "
             "use torchvision-resnet50, ",
         ),
     ],

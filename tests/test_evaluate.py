@@ -102,7 +102,7 @@ def test_baselines_are_pixels_and_the_start() -> None:
     record, embeddings, _ = baselines["pretrained start"]
     assert embeddings.shape == (12, 1, 1024)
     torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(12, 1))
-    assert record["weights"]["source"] == "googlenet-mini-imagenet"
+    assert record["weights"]["source"] == "googlenet-mini-imagenet-v2"
     record, embeddings, gallery = baselines["raw pixels"]
     assert gallery is None
     assert embeddings.shape == (12, 1, 3 * 32 * 32)

@@ -457,7 +457,7 @@ MISTAKES = {
         Mistake(
             "Another backbone, and the weights of the usual one",
             "abe train photos --set model.backbone=resnet50",
-            "model.weights=googlenet-mini-imagenet are of .*: use torchvision-resnet50, ",
+            "model.weights=googlenet-mini-imagenet-v2 are of .*: use torchvision-resnet50, ",
             photos,
         ),
         Mistake(

@@ -126,7 +126,7 @@ def test_spatial_feature_of_googlenet_is_480_x_14_x_14_at_224() -> None:
 
 
 def test_googlenet_has_exactly_the_layers_of_the_shipped_bvlc_weights() -> None:
-    weights = read_weights("googlenet-mini-imagenet").state
+    weights = read_weights("googlenet-mini-imagenet-v2").state
     model = MHeads(1, 8)
     own = {
         key: value.shape

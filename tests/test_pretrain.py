@@ -135,7 +135,7 @@ def described(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.d
 def test_a_start_has_the_layers_of_the_one_that_ships() -> None:
     own = exported(Classifier(GOOGLENET_UNFOLDED, 3), GOOGLENET)
     pretrained = Path(cli.__file__).parent / "model" / "pretrained"
-    with safe_open(pretrained / "googlenet-mini-imagenet.safetensors", framework="pt") as file:
+    with safe_open(pretrained / "googlenet-mini-imagenet-v2.safetensors", framework="pt") as file:
         shipped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert described(own) == described(shipped)
     assert sum(tensor.numel() for tensor in own.values()) == 5_973_552

@@ -38,7 +38,7 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 TINY = helpers.TINY.with_overrides(
     [
-        "model.weights=googlenet-mini-imagenet",
+        "model.weights=googlenet-mini-imagenet-v2",
         "data.synthetic_classes=16",
         "data.synthetic_images=9",
         "data.val_classes=0.4",

@@ -551,7 +551,7 @@ def test_progress_off_a_terminal_is_a_line_a_minute(
 
 
 def test_learning_rates_and_decay_by_layer(tmp_path: Path) -> None:
-    config = tiny("model.weights=googlenet-mini-imagenet", "train.weight_decay=0.5")
+    config = tiny("model.weights=googlenet-mini-imagenet-v2", "train.weight_decay=0.5")
     trainer = Trainer(config, tmp_path / "run", SILENT)
     found = {
         id(parameter): (group["lr"] / 0.01, group["weight_decay"])
@@ -597,7 +597,7 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     def moved(*overrides: str) -> float:
         trainer = Trainer(
             tiny(
-                "model.weights=googlenet-mini-imagenet",
+                "model.weights=googlenet-mini-imagenet-v2",
                 "train.lr=1",
                 "train.new_layer_lr_factor=1",
                 "train.momentum=0",
@@ -639,7 +639,7 @@ GOLDEN = Path(__file__).parent / "golden" / "loss_trace.json"
 
 def golden_losses(run: Path) -> list[float]:
     config = tiny(
-        "model.weights=googlenet-mini-imagenet",
+        "model.weights=googlenet-mini-imagenet-v2",
         "train.steps=20",
         "train.eval_every=20",
         "train.sampler=pairs",

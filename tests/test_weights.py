@@ -640,12 +640,12 @@ def test_table_of_sources():
 
 
 def test_shipped_start_fits_the_ensemble_completely():
-    weights = read_weights("googlenet-mini-imagenet")
+    weights = read_weights("googlenet-mini-imagenet-v2")
     model = AttentionEnsemble(num_learners=2, embedding_dim=8)
 
     report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
 
-    source = SOURCES["googlenet-mini-imagenet"]
+    source = SOURCES["googlenet-mini-imagenet-v2"]
     assert source.checksum == f"sha256:{weights.sha256}"
     assert sum(tensor.numel() for tensor in weights.state.values()) == 5_973_552
     assert weights.preprocessing == Preprocessing(mean=(104, 117, 123), scale=0.017241379)
@@ -667,7 +667,7 @@ def test_shipped_start_fits_the_ensemble_completely():
 )
 def test_every_parameter_is_loaded_or_initialised(network, width):
     model = NETWORKS[network](num_learners=2, embedding_dim=8, attention_width=width)
-    weights = read_weights("googlenet-mini-imagenet")
+    weights = read_weights("googlenet-mini-imagenet-v2")
 
     report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
 
@@ -950,4 +950,4 @@ def test_cache_that_cannot_be_written(server, content, tmp_path):
 
 def test_shipped_source_is_not_downloaded(tmp_path):
     with pytest.raises(InputError, match="ships with abe"):
-        download(SOURCES["googlenet-mini-imagenet"], tmp_path)
+        download(SOURCES["googlenet-mini-imagenet-v2"], tmp_path)

@@ -64,7 +64,7 @@ class ModelConfig(_Section):
     branch_point: str | None = None  # last stage of S; None: the backbone's own (Fig. 7b)
     attention_depth: int | None = Field(None, ge=1)  # blocks in C; None: the backbone's (Fig. 7a)
     attention_width: float = Field(1.0, gt=0)
-    weights: str | None = "googlenet-mini-imagenet"  # a known name or a file; None: random
+    weights: str | None = "googlenet-mini-imagenet-v2"  # a known name or a file; None: random
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -68,11 +68,11 @@ SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
         Source(
-            name="googlenet-mini-imagenet",
+            name="googlenet-mini-imagenet-v2",
             backbone="googlenet",
             url=None,
             size=11_958_152,
-            checksum="sha256:6f7b10e6635dcc582490d8fa3374ca981f20127752d04914feef1a981c021682",
+            checksum="sha256:155831710a11ef4dd95a5950d485dc3dbd8bc738564f1d4c06d3f7577c6d5f49",
             license="Apache-2.0; the pictures behind it are for research use",
             note="trained for this project on 96 classes of mini-ImageNet at 64 px",
         ),
