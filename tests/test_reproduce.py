@@ -261,7 +261,12 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     assert "**shown**" in line
     assert line.startswith(f"| {claim} | +15.5 | birds")
     assert "A picture, no figures: `abe reproduce fig6 --scale small --data FOLDER`." in page
-    for stamp in ("birds, `small`: 120 steps of 64 at 96 px", "c0ffee", "0123456789ab", "1" * 12):
+    for stamp in (
+        "birds, `small`: 120 steps from start 0123456789ab, of 64 images at 96 px",
+        "c0ffee",
+        "0123456789ab",
+        "1" * 12,
+    ):
         assert stamp in line
     for runs in found.values():
         assert all(f"`{r['config_digest']}`" in line for r in runs)

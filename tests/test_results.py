@@ -291,8 +291,19 @@ def test_runs_that_began_with_other_weights_are_not_averaged() -> None:
         run["weights"] = {"source": "/here/start.pth", "sha256": 64 * digit}
     found = summarize(runs)
     assert [each.seeds for each in found] == [1, 1]
-    assert methods(markdown_table(found))[1:] == [
-        f"ABE-2^512 (weights start.pth {12 * digit})" for digit in "ab"
+    baseline = record(selection=None, method="pretrained start")
+    baseline["weights"] = runs[1]["weights"]
+    pixels = record(selection=None, method="raw pixels")
+    text = markdown_table([*found, *summarize([baseline, pixels])])
+    assert [(titles(table), methods(table)[1:]) for table in text.split("\n\n**")] == [
+        (
+            [f"protocol `val`), 1000 steps from start.pth {12 * digit}, of 64 images at 224 px."],
+            rows,
+        )
+        for digit, rows in (
+            ("a", ["raw pixels", "ABE-2^512"]),
+            ("b", ["pretrained start", "raw pixels", "ABE-2^512"]),
+        )
     ]
 
 
@@ -325,7 +336,8 @@ def test_markdown_table() -> None:
     title, _, heading, rule, *rows = birds.splitlines()
     assert title == (
         "**birds**: 1,234 test images of 100 classes not seen in training, 80 classes to learn "
-        "from, 20 to choose by (protocol `val`), 1000 steps of 64 images at 224 px."
+        "from, 20 to choose by (protocol `val`), 1000 steps from random weights, of 64 images at "
+        "224 px."
     )
     columns = (
         "method | loss | rate, of | seeds | R@1 | R@2 | R@4 | R@8 | learners' mean R@1 | "
@@ -365,11 +377,27 @@ def test_the_title_of_a_table_is_true_of_all_of_its_rows() -> None:
     assert [(titles(table), methods(table)[1:]) for table in text.split("\n\n**")] == [
         ([f"protocol `{protocol}`), {schedule} px."], rows)
         for protocol, schedule, rows in (
-            ("val", "1000 steps of 64 images at 224", ["raw pixels", "ABE-2^512", "2-heads^512"]),
-            ("val", "5 steps of 64 images at 224", ["raw pixels", "ABE-2^512"]),
-            ("val", "1000 steps of 32 images at 224", ["raw pixels", "ABE-2^512"]),
-            ("val", "1000 steps of 64 images at 96", ["pretrained start", "ABE-2^512"]),
-            ("paper", "1000 steps of 64 images at 224", ["ABE-2^512"]),
+            (
+                "val",
+                "1000 steps from random weights, of 64 images at 224",
+                ["raw pixels", "ABE-2^512", "2-heads^512"],
+            ),
+            (
+                "val",
+                "5 steps from random weights, of 64 images at 224",
+                ["raw pixels", "ABE-2^512"],
+            ),
+            (
+                "val",
+                "1000 steps from random weights, of 32 images at 224",
+                ["raw pixels", "ABE-2^512"],
+            ),
+            (
+                "val",
+                "1000 steps from random weights, of 64 images at 96",
+                ["pretrained start", "ABE-2^512"],
+            ),
+            ("paper", "1000 steps from random weights, of 64 images at 224", ["ABE-2^512"]),
         )
     ]
 

@@ -648,7 +648,7 @@ def test_shipped_start_fits_the_ensemble_completely():
     source = SOURCES["googlenet-mini-imagenet-v2"]
     assert source.checksum == f"sha256:{weights.sha256}"
     assert sum(tensor.numel() for tensor in weights.state.values()) == 5_973_552
-    assert weights.preprocessing == Preprocessing(mean=(104, 117, 123), scale=0.017241379)
+    assert weights.preprocessing == Preprocessing(mean=(104, 117, 123), scale=1 / 58)
     assert not report.unused
     assert report.initialised == {
         "spatial.0": [],

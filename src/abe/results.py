@@ -37,6 +37,7 @@ from abe.runtime import (
 from abe.shards import Shards
 
 EMBEDDINGS = "embeddings.safetensors"  # of a run: those of its test images
+RANDOM = "random weights"
 
 
 def method_name(config: Config) -> str:
@@ -335,8 +336,10 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def weights_name(weights: dict[str, str]) -> str:
+def weights_name(weights: dict[str, str] | None) -> str:
     """What to call a pretrained start: its file, and the first digits of its hash."""
+    if weights is None:
+        return RANDOM
     return f"{PurePath(weights['source']).name} {weights['sha256'][:12]}"
 
 
@@ -363,8 +366,9 @@ def _scores(record: dict[str, Any]) -> dict[str, float]:
 def markdown_table(summaries: Iterable[Summary]) -> str:
     """Markdown tables: means over seeds, percent, with standard deviations.
 
-    One for each data set, protocol and crop, and for each number of steps and size of a batch that
-    networks were trained with there; baselines are in all of those.
+    One for each data set, protocol and crop, and for each start, number of steps and size of a
+    batch that networks were trained with there; baselines are in all of those, but the pretrained
+    start of another one.
     """
     by_images: dict[str, list[Summary]] = {}
     for summary in summaries:
@@ -379,7 +383,12 @@ def markdown_table(summaries: Iterable[Summary]) -> str:
         for summary in group:
             if not is_baseline(summary.record):
                 trained.setdefault(_schedule(summary.record), []).append(summary)
-        tables += [_table(baselines + rows) for rows in trained.values() or [[]]]
+        if not trained:
+            tables.append(_table(baselines))
+        for rows in trained.values():
+            start = weights_name(rows[0].record["weights"])
+            own = [b for b in baselines if weights_name(b.record["weights"]) in (start, RANDOM)]
+            tables.append(_table(own + rows))
     return "\n\n".join(tables)
 
 
@@ -419,11 +428,12 @@ def _table(summaries: list[Summary]) -> str:
 
 
 def _schedule(record: dict[str, Any]) -> str:
-    """How much a network was trained; a baseline was not."""
+    """How much a network was trained, and from what; a baseline was not."""
     if is_baseline(record):
         return "images"
     train = record["config"]["train"]
-    return f"{train['steps']} steps of {train['batch_size']} images"
+    start = weights_name(record["weights"])
+    return f"{train['steps']} steps from {start}, of {train['batch_size']} images"
 
 
 def _name_and_loss(summary: Summary) -> tuple[str, str]:

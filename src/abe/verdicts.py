@@ -385,11 +385,10 @@ def _key(config: Config) -> str:
 def _setting(scale: str, record: dict[str, Any]) -> str:
     config = record["config"]
     train = config["train"]
-    weights = record["weights"]
-    begin = f"from {weights_name(weights)}" if weights else "from random weights"
+    start = weights_name(record["weights"])
     return (
-        f"{data_title(record['data'])}, `{scale}`: {train['steps']} steps of {train['batch_size']} "
-        f"at {config['data']['crop']} px, {begin}"
+        f"{data_title(record['data'])}, `{scale}`: {train['steps']} steps from {start}, of "
+        f"{train['batch_size']} images at {config['data']['crop']} px"
     )
 
 
