@@ -45,10 +45,9 @@ if TYPE_CHECKING:
 
 SWEEP, TRIALS, LOCK = "sweep.json", "trials.jsonl", ".lock"
 KEYS = ("train.lr", "train.margin", "train.divergence_weight", "train.normalization")
-LR_FACTOR = 10  # the rate is searched from a tenth of the recipe's to ten times it
+FACTOR = 10  # rate and lambda are searched from a tenth of the recipe's to ten times it
 RANDOM_TRIALS = 5  # the first ones: a sweep is small, and the recipe is among them
 MARGINS = 0.2, 2.0  # on squared distances, which are 2 between vectors at a right angle
-DIVERGENCE_WEIGHTS = 0.01, 10.0
 
 
 class Trial(BaseModel):
@@ -174,14 +173,15 @@ def search_space(base: Config, keys: Sequence[str]) -> dict[str, BaseDistributio
             "keys to search without it, as in --search train.lr"
         )
 
-    def floats(low: float, high: float, value: float, log: bool = False) -> BaseDistribution:
-        return distributions.FloatDistribution(min(low, value), max(high, value), log=log)
+    def around(value: float) -> BaseDistribution:
+        return distributions.FloatDistribution(value / FACTOR, value * FACTOR, log=True)
 
-    weight = train.divergence_weight
     space = {
-        "train.lr": lambda: floats(train.lr / LR_FACTOR, train.lr * LR_FACTOR, train.lr, log=True),
-        "train.margin": lambda: floats(*MARGINS, train.margin),
-        "train.divergence_weight": lambda: floats(*DIVERGENCE_WEIGHTS, weight, log=True),
+        "train.lr": lambda: around(train.lr),
+        "train.margin": lambda: distributions.FloatDistribution(
+            min(MARGINS[0], train.margin), max(MARGINS[1], train.margin)
+        ),
+        "train.divergence_weight": lambda: around(train.divergence_weight),
         "train.normalization": lambda: distributions.CategoricalDistribution(
             get_args(ContrastiveNormalization)
         ),
