@@ -27,15 +27,23 @@ def test_bootstrap_is_that_of_loops() -> None:
     assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
 
 
-def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "least", "most"),
+    [(8, 0.05, 0.85, 0.99), (3, 0.02, 0.85, 0.99), (3, 0.5, 0.65, 0.85)],
+    ids=["8 seeds", "3 seeds that differ as much as queries do", "3 seeds that decide"],
+)
+def test_how_often_intervals_cover_the_mean(
+    seeds: int, of_seeds: float, least: float, most: float
+) -> None:
+    """As often as they say, but where few seeds decide alone."""
     generator = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        seeds = 0.05 * generator.standard_normal((8, 1))
-        queries = 0.2 * generator.standard_normal((1, 100))
-        found = bootstrap(0.5 + seeds + queries + 0.1 * generator.standard_normal((8, 100)))
+        by_seed = of_seeds * generator.standard_normal((seeds, 1))
+        by_query = 0.2 * generator.standard_normal((1, 100))
+        found = bootstrap(0.5 + by_seed + by_query + 0.1 * generator.standard_normal((seeds, 100)))
         covered += found.low <= 0.5 <= found.high
-    assert 0.85 <= covered / 200 <= 0.99
+    assert least <= covered / 200 <= most
 
 
 def test_one_seed_and_many_queries_go_in_blocks() -> None:
@@ -58,7 +66,7 @@ def test_differences_of_pairs_are_surer_than_those_of_strangers() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "more", "similar", "not_more"),
     [
-        (0.01, 0.03, "shown", "not shown", "refuted"),
+        (0.01, 0.03, "shown", "not shown", "not shown"),
         (0.03, 0.05, "shown", "refuted", "refuted"),
         (-0.01, 0.01, "not shown", "shown", "shown"),
         (-0.05, -0.03, "refuted", "refuted", "shown"),

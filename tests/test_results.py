@@ -19,6 +19,7 @@ from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
 from abe.results import (
+    Summary,
     append_record,
     data_title,
     markdown_table,
@@ -246,16 +247,22 @@ def test_a_run_that_is_scored_again_counts_once() -> None:
 
 
 def test_the_rate_is_picked_by_the_mean_selection_recall() -> None:
-    """Not by the test score, and not by one seed."""
-    (found,) = summarize(
-        [
+    """Not by the test score, and of the seeds that both rates have."""
+
+    def best(of_last: float) -> Summary:
+        records = [
             record("train.lr=0.1", "seed=0", selection=0.50, recall=0.10),
             record("train.lr=0.1", "seed=1", selection=0.58, recall=0.20),
             record("train.lr=0.2", "seed=0", selection=0.60, recall=0.90),
             record("train.lr=0.2", "seed=1", selection=0.40, recall=0.90),
-            record("train.lr=0.3", "seed=0", selection=0.53, recall=0.90),
+            record("train.lr=0.3", "seed=1", selection=of_last, recall=0.90),
         ]
-    )
+        (found,) = summarize(records)
+        return found
+
+    unfinished = best(0.59)
+    assert (unfinished.record["config"]["train"]["lr"], unfinished.seeds) == (0.3, 1)
+    found = best(0.57)
     assert found.rates == (0.1, 0.2, 0.3)
     assert found.record["config"]["train"]["lr"] == 0.1
     assert found.seeds == 2

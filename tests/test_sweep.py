@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 from unittest import mock
 
@@ -20,7 +21,6 @@ from rich.console import Console
 from abe import cli, sweep, train
 from abe.checkpoint import Best, checkpoints
 from abe.config import Config
-from abe.data.splits import Splits
 from abe.errors import InputError
 from abe.runtime import read_json, read_json_lines
 from abe.sweep import (
@@ -42,13 +42,14 @@ SMALL = TINY.with_overrides(["train.eval_every=1"])
 class Quick:
     """In the place of `Trainer`: its recall is highest at a rate of 0.001 and at 10 it diverges."""
 
-    given: ClassVar[list[Splits]] = []
+    given: ClassVar[list[object]] = []
 
     def __init__(self, config: Config) -> None:
         self.train = config.train
+        self.splits = SimpleNamespace(digest=f"{config.data.synthetic_images} images")
 
     @classmethod
-    def begin(cls, config: Config, run: Path, console: Console, *, splits: Splits) -> Quick:
+    def begin(cls, config: Config, run: Path, console: Console, *, splits: object) -> Quick:
         cls.given.append(splits)
         return cls(config)
 
@@ -86,8 +87,10 @@ def test_the_first_trial_is_the_recipe_and_others_are_in_the_space(
         assert 0.2 <= margin <= 2
         assert own.divergence_weight / 10 <= weight <= own.divergence_weight * 10
         assert normalization in ("per_image", "sum", "balanced")
-    assert len(Quick.given) == 8
-    assert len(set(map(id, Quick.given))) == 1  # read once
+    first, *others = Quick.given
+    assert first is None
+    assert len(others) == 7
+    assert len(set(map(id, others))) == 1  # read once
 
 
 def test_only_the_named_keys_are_searched(quick: None, tmp_path: Path) -> None:
@@ -108,8 +111,21 @@ def test_a_proposal_is_a_function_of_seed_and_trials(quick: None, tmp_path: Path
         assert propose(space, done[:number], SMALL, seed=0) == done[number].settings
     assert propose(space, done[:1], SMALL, seed=1) != done[1].settings
     # After the sampler's random beginning, what was found decides.
-    other = [trial.model_copy(update={"selection_recall": 0.1}) for trial in done]
-    assert propose(space, done, SMALL, 0) != propose(space, other, SMALL, 0)
+    other = [
+        trial.model_copy(update={"selection_recall": 1 - (trial.selection_recall or 0)})
+        for trial in done
+    ]
+    assert propose(space, done[:8], SMALL, 0) != propose(space, other[:8], SMALL, 0)
+    assert propose(space, done[:4], SMALL, 0) == propose(space, other[:4], SMALL, 0)
+
+
+def test_other_images_of_the_same_settings(quick: None, tmp_path: Path) -> None:
+    run_sweep(SMALL, tmp_path, SILENT, trials=1)
+    file = tmp_path / "sweep.json"
+    file.write_text(file.read_text().replace('"4 images"', '"5 images"'))
+    assert len(run_sweep(SMALL, tmp_path, SILENT, trials=1)) == 1  # nothing to train
+    with pytest.raises(InputError, match=r"holds a sweep with another images: .*--folder"):
+        run_sweep(SMALL, tmp_path, SILENT, trials=2)
 
 
 def test_the_search_finds_the_better_rates(quick: None, tmp_path: Path) -> None:
@@ -185,7 +201,8 @@ def test_the_budget_is_that_of_all_trials_together(
     ("change", "name"),
     [
         ({"base": SMALL.with_overrides(["train.steps=9"])}, "train.steps"),
-        ({"base": SMALL.with_overrides(["data.synthetic_images=5"])}, ".*synthetic_images, images"),
+        ({"base": SMALL.with_overrides(["data.synthetic_images=5"])}, "data.synthetic_images"),
+        ({"base": SMALL.with_overrides(["train.lr=1"])}, "search, train.lr"),
         ({"keys": ["train.lr"]}, "search"),
         ({"seed": 1}, "seed"),
     ],

@@ -136,7 +136,7 @@ def _named(arm: Arm, name: str, paper: str | None = None) -> Arm:
 
 
 def _against_heads(most: int) -> tuple[Arm, ...]:
-    """Tables 1 and Fig. 4; both scales have all rows."""
+    """Table 1 and Fig. 4; both scales have all rows."""
     return (
         *(heads(m) for m in (1, 2, 4, 8)),
         *(abe(m) for m in (1, 2, 4, 8)),

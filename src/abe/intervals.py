@@ -31,8 +31,9 @@ def bootstrap(values: NDArray[Any], seed: int = 0) -> Interval:
     """The mean of (S, Q) values, seeds and queries both drawn anew with replacement.
 
     Methods are compared by the interval of their differences: the same seeds and queries, in pairs.
-    The percentiles of `DRAWS` means. Few seeds vary less among themselves than many would, so that
-    three of them give an interval that is somewhat too narrow, and one the queries' alone.
+    The percentiles of `DRAWS` means. Few seeds vary less among themselves than many would: if the
+    mean varied with the seed alone, three of them would give an interval that covers it three times
+    in four; one gives that of the queries alone.
 
     Args:
         values: of each seed's network on each query, such as 1 where its nearest image is right.
@@ -83,7 +84,7 @@ def does_not_exceed(difference: Interval, margin: float) -> Verdict:
     """Whether the difference is at most a margin."""
     if difference.high < margin:
         return "shown"
-    return "refuted" if difference.low > 0 else "not shown"
+    return "refuted" if difference.low > margin else "not shown"
 
 
 def pack(hits: NDArray[np.bool_]) -> dict[str, Any]:

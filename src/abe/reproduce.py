@@ -291,7 +291,8 @@ class Reproduction:
     def _splits_of(self, config: Config) -> Splits | None:
         """Those of the base, if the run has the same; they are read once then."""
         own, base = (
-            (each.data, each.protocol == "paper") for each in (config.anchored(), self.scale.base)
+            (each.data, each.protocol == "paper")
+            for each in (config.anchored(), self.scale.base.anchored())
         )
         return self.splits if own == base else None
 

@@ -175,6 +175,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             markdown_table(summarize([record]))
             Config.from_json(record["config"])
+            float(record["selection_recall@1"] or 0)
             if "hits@1" in record["scores"]:
                 unpack(record["scores"]["hits@1"])
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -292,8 +293,8 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     """Group records by everything but seed and learning rate, and average over seeds.
 
     A run that was scored again counts once: the last record of a seed and rate is taken.
-    Of several learning rates, those with the most seeds, the one with the best Recall@1 on the
-    images that the protocol selects by is kept, on average over its seeds. Scores are those of the
+    Of several learning rates the one with the best Recall@1 on the images that the protocol selects
+    by is kept, on average over the seeds that have tried it and the others. Scores are those of the
     ensemble that all of the seeds have, "learner recall@1" and "best learner recall@1" (mean and
     maximum of the learners) and "learner cosine".
     """
@@ -305,9 +306,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     summaries = []
     for by_seed in groups.values():
         by_rate = {rate: [runs[seed] for seed in sorted(runs)] for rate, runs in by_seed.items()}
-        most = max(map(len, by_rate.values()))
-        whole = [rate for rate, runs in by_rate.items() if len(runs) == most]
-        best = max(whole, key=lambda rate: _selection_recall(by_rate[rate]))
+        best = _best_rate(by_seed)
         values = [_scores(record) for record in by_rate[best]]
         names = [name for name in values[0] if all(name in value for value in values)]
         columns = {name: [value[name] for value in values] for name in names}
@@ -348,8 +347,21 @@ def is_baseline(record: dict[str, Any]) -> bool:
     return record["selected_step"] is None
 
 
-def _selection_recall(records: list[dict[str, Any]]) -> float:
-    return statistics.fmean(record["selection_recall@1"] or 0 for record in records)
+def _best_rate(by_rate: Mapping[float, Mapping[int, dict[str, Any]]]) -> float:
+    """Which rate is best on held-out classes, each two by the seeds that they have in common.
+
+    That with the most seeds is beaten by another that some of them have tried, even if others have
+    not yet: what is said of the method then is of fewer seeds.
+    """
+    best, *others = sorted(by_rate, key=lambda rate: -len(by_rate[rate]))
+    for rate in others:
+        shared = by_rate[rate].keys() & by_rate[best].keys()
+        own, before = (
+            sum(by_rate[each][seed]["selection_recall@1"] or 0 for seed in shared)
+            for each in (rate, best)
+        )
+        best = rate if own > before else best
+    return best
 
 
 def _scores(record: dict[str, Any]) -> dict[str, float]:
@@ -367,8 +379,8 @@ def markdown_table(summaries: Iterable[Summary]) -> str:
     """Markdown tables: means over seeds, percent, with standard deviations.
 
     One for each data set, protocol and crop, and for each start, number of steps and size of a
-    batch that networks were trained with there; baselines are in all of those, but the pretrained
-    start of another one.
+    batch that networks were trained with there. Raw pixels are in all of those, a pretrained start
+    in those of the networks that began with it, or in one of its own.
     """
     by_images: dict[str, list[Summary]] = {}
     for summary in summaries:
@@ -382,13 +394,15 @@ def markdown_table(summaries: Iterable[Summary]) -> str:
         trained: dict[str, list[Summary]] = {}
         for summary in group:
             if not is_baseline(summary.record):
-                trained.setdefault(_schedule(summary.record), []).append(summary)
-        if not trained:
-            tables.append(_table(baselines))
+                trained.setdefault(schedule(summary.record), []).append(summary)
+        starts = {weights_name(rows[0].record["weights"]) for rows in trained.values()}
+        starts |= {RANDOM} if starts else set()
+        of_start = [(weights_name(each.record["weights"]), each) for each in baselines]
+        if alone := [each for start, each in of_start if start not in starts]:
+            tables.append(_table(alone))
         for rows in trained.values():
-            start = weights_name(rows[0].record["weights"])
-            own = [b for b in baselines if weights_name(b.record["weights"]) in (start, RANDOM)]
-            tables.append(_table(own + rows))
+            starts = {weights_name(rows[0].record["weights"]), RANDOM}
+            tables.append(_table([each for start, each in of_start if start in starts] + rows))
     return "\n\n".join(tables)
 
 
@@ -401,7 +415,7 @@ def _table(summaries: list[Summary]) -> str:
     lines = [
         f"**{data_title(data)}**: {_test_images(data)}, {data['train_classes']:,} classes to learn "
         f"from, {data['select_classes']:,} to choose by (protocol `{last['protocol']}`), "
-        f"{_schedule(last)} at {last['config']['data']['crop']} px.",
+        f"{schedule(last)}.",
         "",
         f"| method | loss | rate, of | seeds | {' | '.join(names)} | learners' mean R@1 "
         "| best learner's R@1 | learners' cosine |",
@@ -427,13 +441,17 @@ def _table(summaries: list[Summary]) -> str:
     return "\n".join(lines)
 
 
-def _schedule(record: dict[str, Any]) -> str:
-    """How much a network was trained, and from what; a baseline was not."""
+def schedule(record: dict[str, Any]) -> str:
+    """What a network was trained with: "120 steps from start.pth 0123, of 64 images at 96 px".
+
+    A baseline was not trained: "images at 96 px".
+    """
+    config = record["config"]
+    images = f"images at {config['data']['crop']} px"
     if is_baseline(record):
-        return "images"
-    train = record["config"]["train"]
-    start = weights_name(record["weights"])
-    return f"{train['steps']} steps from {start}, of {train['batch_size']} images"
+        return images
+    train, start = config["train"], weights_name(record["weights"])
+    return f"{train['steps']} steps from {start}, of {train['batch_size']} {images}"
 
 
 def _name_and_loss(summary: Summary) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """`abe sweep`: a search for settings that the paper leaves open, on held-out training classes.
 
-    <folder>/sweep.json           what is searched: the settings to begin from, the keys, the seed
+    <folder>/sweep.json           what is searched: the settings to begin from, the space around
+                                  them, the seed, and the digest of the images
     <folder>/trials.jsonl         a line for each trial that is done
     <folder>/<number>-<digest>/   a trial's run, whose checkpoints go when the trial is done
 
@@ -25,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 from abe.config import Config
-from abe.data.splits import open_splits
 from abe.errors import InputError
 from abe.losses import ContrastiveNormalization
 from abe.results import differing, flatten
@@ -117,12 +117,17 @@ def run_sweep(
         )
     base = base.anchored()
     space = search_space(base, keys)
-    splits = open_splits(base.data, base.protocol, console)  # read once
     make_folder(folder)
     with locked(folder / LOCK, f"{folder} is swept by another process: wait for it"):
         remove_unfinished(folder)
-        _require_same_sweep(folder / SWEEP, base, keys, seed, splits.digest)
+        sweep = {
+            "search": [{"key": key} | _described(space[key]) for key in space],
+            "seed": seed,
+            "settings": base.portable(),
+        }
+        _require_same_sweep(folder / SWEEP, sweep)
         done = read_trials(folder / TRIALS)
+        splits = None
         for number, trial in enumerate(done):
             _forget_checkpoints(_run(folder, number, trial.digest))
         while len(done) < trials and (budget is None or sum(t.seconds for t in done) < budget):
@@ -133,6 +138,11 @@ def run_sweep(
             run = _run(folder, len(done), config.digest)
             started = time.perf_counter()
             trainer = Trainer.begin(config, run, console, splits=splits)
+            if splits is None:
+                splits = trainer.splits  # read once
+                sweep["images"] = splits.digest  # wherever they are
+                _require_same_sweep(folder / SWEEP, sweep)
+                write_json(folder / SWEEP, sweep)
             recall = _select(trainer, console, go_on)
             trial = Trial(
                 settings=settings,
@@ -289,20 +299,20 @@ def _forget_checkpoints(run: Path) -> None:
         shutil.rmtree(run / "checkpoints")
 
 
-def _require_same_sweep(
-    file: Path, base: Config, keys: Sequence[str], seed: int, images: str
-) -> None:
-    """Write sweep.json, or raise InputError if it is of another sweep."""
-    sweep: dict[str, Any] = {
-        "search": [key for key in KEYS if key in keys],
-        "seed": seed,
-        "settings": base.portable(),
-        "images": images,  # wherever they are
-    }
+def _described(distribution: BaseDistribution) -> dict[str, Any]:
+    """What there is to choose from, for sweep.json."""
+    found: dict[str, Any] = json.loads(_optuna().distributions.distribution_to_json(distribution))
+    return found
+
+
+def _require_same_sweep(file: Path, sweep: Mapping[str, Any]) -> None:
+    """Raise InputError if sweep.json, where there is one, is of another than what is known."""
     if not file.exists():
-        write_json(file, sweep)
         return
-    if names := differing([flatten(read_json(file)), flatten(sweep)]):
+    saved = read_json(file)
+    if "images" not in sweep:  # not read yet
+        saved.pop("images", None)
+    if names := differing([flatten(saved), flatten(sweep)]):
         which = ", ".join(name.removeprefix("settings.") for name in names)
         raise InputError(
             f"{file.parent} holds a sweep with another {which}: give the same settings to go on "

@@ -154,9 +154,11 @@ class Trainer:
         _require_no_batch_statistics(self.start.model, self.ranks, config.train)
         if config.train.activation_checkpointing:
             self.start.model.checkpoint_activations()
-        self.splits: Splits = splits or open_splits(
-            config.data, config.protocol, self.console, check=self.ranks.first_here
-        )
+        if splits is None:
+            splits = open_splits(
+                config.data, config.protocol, self.console, check=self.ranks.first_here
+            )
+        self.splits = splits
         if checkpoint is not None:
             _require_same_images(run, self.splits)
         self.ranks.require_same(settings=config.digest, images=self.splits.digest)
