@@ -22,6 +22,7 @@ from abe import cli, sweep, train
 from abe.checkpoint import Best, checkpoints
 from abe.config import Config
 from abe.errors import InputError
+from abe.recipes import RECIPES, get_recipe
 from abe.runtime import read_json, read_json_lines
 from abe.sweep import (
     KEYS,
@@ -36,6 +37,7 @@ from abe.sweep import (
 from abe.train import DivergedError, Trainer
 
 SILENT = Console(quiet=True)
+SWEEPS = Path(__file__).parents[1] / "results/sweeps"
 SMALL = TINY.with_overrides(["train.eval_every=1"])
 
 
@@ -227,6 +229,23 @@ def test_two_sweeps_in_a_folder_at_once(quick: None, tmp_path: Path) -> None:
         pytest.raises(InputError, match="is swept by another process"),
     ):
         run_sweep(SMALL, tmp_path, SILENT)
+
+
+# --- What came of it ---
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in sorted(SWEEPS.iterdir())])
+def test_a_recipe_has_what_its_sweep_chose(name: str) -> None:
+    recipe, folder = get_recipe(name), SWEEPS / name
+    best = best_trial(read_trials(folder / "trials.jsonl"))
+    assert best is not None
+    saved = read_json(folder / "sweep.json")["settings"]
+    source = f"data.source={saved['data']['source']}"
+    swept = recipe.with_overrides([source, *best.overrides]).portable()
+    assert swept == recipe.with_overrides([source]).portable() == saved
+    told = f"of {len(read_trials(folder / 'trials.jsonl'))} trials of `abe sweep`"
+    assert told in (RECIPES[name].__doc__ or "")
+    assert f"results/sweeps/{name}" in (RECIPES[name].__doc__ or "")
 
 
 # --- What cannot be swept ---
