@@ -373,6 +373,23 @@ def test_images_are_read_once_for_all_runs_of_the_same(
         assert all(call.kwargs["splits"] is given for call in begin.call_args_list)
 
 
+def test_images_of_a_relative_folder_are_read_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(32):
+        file = Path(f"photos/{number % 8}/{number}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(file)
+    begin = MagicMock(side_effect=TakenError("another has it"))
+    monkeypatch.setattr(Trainer, "begin", begin)
+    base = demo().with_overrides(["data.source=photos", "model.weights=none"])
+    scale = Scale(base.with_overrides(["data.val_classes=0.5"]), learners=2, rates=(0.01,))
+    own = Reproduction(scale, "small", Path("runs.jsonl"), tmp_path, Console(quiet=True))
+    own.train(EXPERIMENTS["table2"], None, "again")
+    assert {id(call.kwargs["splits"]) for call in begin.call_args_list} == {id(own.splits)}
+
+
 def test_scoring_the_test_images_all_along_takes_time(planned: Reproduction) -> None:
     protocol, table2 = (planned.plan(EXPERIMENTS[name])[0] for name in ("protocol", "table2"))
     macs = count_macs(build_model(planned.scale.base.with_overrides(table2.arm.settings)), 64)

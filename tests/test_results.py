@@ -301,8 +301,15 @@ def test_runs_that_began_with_other_weights_are_not_averaged() -> None:
     baseline = record(selection=None, method="pretrained start")
     baseline["weights"] = runs[1]["weights"]
     pixels = record(selection=None, method="raw pixels")
-    text = markdown_table([*found, *summarize([baseline, pixels])])
-    assert [(titles(table), methods(table)[1:]) for table in text.split("\n\n**")] == [
+    unused = record(selection=None, method="pretrained start")
+    unused["weights"] = {"source": "/here/start.pth", "sha256": 64 * "c"}
+    text = markdown_table([*found, *summarize([baseline, pixels, unused])])
+    alone, *tables = text.split("\n\n**")
+    assert (titles(alone), methods(alone)[1:]) == (
+        ["protocol `val`), images at 224 px."],
+        ["pretrained start"],
+    )
+    assert [(titles(table), methods(table)[1:]) for table in tables] == [
         (
             [f"protocol `val`), 1000 steps from start.pth {12 * digit}, of 64 images at 224 px."],
             rows,

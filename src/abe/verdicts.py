@@ -63,21 +63,25 @@ class Row:
     arm: Arm
     found: Summary | None
 
+    @property
+    def _runs(self) -> tuple[dict[str, Any], ...]:
+        return () if self.found is None else self.found.runs
+
     def samples(self, quantity: Quantity) -> dict[tuple[int, str], NDArray[np.float64]]:
         """What a quantity is the mean of: values, of each query if there are such.
 
         By seed and order of the queries: what is alike in both can be compared in pairs. Runs
         that do not know it are left out.
         """
-        runs = () if self.found is None else self.found.runs
         return {
-            _pair(record): values for record in runs if len(values := _values(record, quantity))
+            _pair(record): values
+            for record in self._runs
+            if len(values := _values(record, quantity))
         }
 
     def runs_of(self, pairs: Collection[tuple[int, str]]) -> list[dict[str, Any]]:
         """The records that `samples` has of some seeds and orders."""
-        runs = () if self.found is None else self.found.runs
-        return [record for record in runs if _pair(record) in pairs]
+        return [record for record in self._runs if _pair(record) in pairs]
 
     def interval(self) -> Interval | None:
         """Of Recall@1, over seeds and queries."""
