@@ -8,6 +8,7 @@ from abe.intervals import (
     bootstrap,
     does_not_exceed,
     exceeds,
+    is_behind,
     is_within,
     of_means,
     pack,
@@ -86,6 +87,20 @@ def test_three_means_cover_their_mean_as_often_as_they_say() -> None:
     assert 0.93 <= np.mean([each.low <= 0.5 <= each.high for each in found]) <= 0.97
     assert of_means(np.array([0.5])) == Interval(0.5, -np.inf, np.inf)
     assert of_means(np.array([0.5, 0.5])) == Interval(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_level_shares_are_rarely_called_behind_and_distant_ones_mostly(seeds: int) -> None:
+    generator = np.random.default_rng(0)
+
+    def share(truth: float) -> list[float]:
+        return list(generator.binomial(600, truth, size=seeds) / 600)
+
+    level = [is_behind(share(0.5), share(0.5), 600) for _ in range(2000)]
+    distant = [is_behind(share(0.4), share(0.5), 600) for _ in range(200)]
+    assert np.mean(level) == pytest.approx(0.023, abs=0.01)  # beyond two standard errors, one side
+    assert np.mean(distant) > 0.9
+    assert not is_behind([0.0], [0.0], 600)
 
 
 @pytest.mark.parametrize("count", [1, 8, 3043])

@@ -25,8 +25,8 @@ from abe.intervals import pack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
-from abe.reproduce import Reproduction
-from abe.results import read_records, result_record
+from abe.reproduce import Reproduction, Run
+from abe.results import append_record, method_name, read_records, result_record
 from abe.runtime import seconds_of
 from abe.start import build_model
 from abe.train import Trainer
@@ -343,6 +343,58 @@ def test_every_seed_tries_every_rate_and_whole_tables_come_first(planned: Reprod
     tried = [(run.config.seed, run.config.train.lr) for run in runs]
     assert tried == [(seed, rate) for seed in (5, 6, 7) for _ in range(2) for rate in (0.01, 0.3)]
     assert [run.arm for run in runs[:4:2]] == list(EXPERIMENTS["table2"].arms(2))
+
+
+def of_run(run: Run, reproduction: Reproduction, recall: float) -> dict[str, Any]:
+    """A line of a run, with its Recall@1 on held-out classes."""
+    plain = record(run.arm, run.config.seed, [True, False])
+    config = {"config": run.config.portable(), "config_digest": run.config.digest}
+    found = {"images_digest": reproduction.splits.digest, "method": method_name(run.config)}
+    return plain | config | found | {"selection_recall@1": recall}
+
+
+def test_a_rate_that_is_clearly_behind_is_given_up_by_the_seeds_to_come(
+    planned: Reproduction,
+) -> None:
+    runs = planned.plan(EXPERIMENTS["table2"])
+    held_out = len(planned.splits.select)
+    limit = 2 * (2 * 0.5 * 0.5 / held_out) ** 0.5  # of one seed, around 1/2
+    for run, recall in zip(runs[:4], (0.5 - limit / 2, 0.52 + limit / 2, 0.5, 0.5), strict=True):
+        append_record(planned.results, of_run(run, planned, recall))
+    left = [(run.arm.name, run.config.train.lr, run.config.seed) for run in planned.missing(runs)]
+    clear, level = (arm.name for arm in EXPERIMENTS["table2"].arms(2))
+    assert left == [
+        *((clear, 0.3, 6), (level, 0.01, 6), (level, 0.3, 6)),
+        *((clear, 0.3, 7), (level, 0.01, 7), (level, 0.3, 7)),
+    ]
+    other = next(run for run in runs if (run.arm.name, run.config.seed) == (clear, 6))
+    append_record(planned.results, of_run(other, planned, 1.0))  # of another process; no pair yet
+    assert len(planned.missing(runs)) == 6
+    again = next(run for run in planned.missing(runs) if run.arm.name == clear)
+    append_record(planned.results, of_run(again, planned, 0.5))  # by two seeds they are level
+    rates = [run.config.train.lr for run in planned.missing(runs) if run.arm.name == clear]
+    assert rates == [0.01, 0.3]
+
+
+@pytest.mark.parametrize("name", ["fig7a", "fig7b", "fig7c", "protocol"])
+def test_where_one_setting_is_varied_the_rate_is_the_recipes(
+    planned: Reproduction, name: str
+) -> None:
+    runs = planned.plan(EXPERIMENTS[name])
+    assert {run.config.train.lr for run in runs} == {planned.scale.base.train.lr}
+    assert len(runs) == 3 * len(EXPERIMENTS[name].arms(2))
+
+
+def test_a_page_has_runs_of_the_recipes_rate_where_one_setting_is_varied() -> None:
+    arms = {arm.name: arm for arm in EXPERIMENTS["fig7c"].arms(4)}
+    best, other = arms["divergence_weight 1"], arms["divergence_weight 10"]
+    good, bad = [True] * 20, [False] * 20
+    records = [record(best, seed, bad, rate=0.003) for seed in range(3)]
+    records += [record(best, seed, good, rate=0.01) for seed in range(3)]
+    records += [record(other, seed, good, rate=0.003) for seed in range(3)]
+    claim = "recall@1 of divergence_weight 1 is above that of divergence_weight 10"
+    (line,) = [text for text in results_page(records).splitlines() if claim in text]
+    assert "**refuted**" in line
 
 
 def test_what_another_process_trains_is_left_to_it(

@@ -473,8 +473,8 @@ def reproduce(
         typer.Option(
             "--rate",
             metavar="RATE",
-            help="Learning rate to choose from, by held-out classes, of rows that have none of "
-            "their own. Repeatable. Default: the scale's.",
+            help="Learning rate to choose from, by held-out classes, of rows that choose and have "
+            "none of their own. Repeatable. Default: the scale's.",
         ),
     ] = None,
     budget: Annotated[
@@ -503,8 +503,9 @@ def reproduce(
     """Repeat a table or figure of the paper on your images.
 
     Every row has the same steps and chooses its rate by held-out classes, in the mean over the
-    seeds. An interrupted or exhausted budget goes on when the same command is given again; rows
-    that the results file has are not run again. Writes Markdown, CSV and a picture.
+    seeds; those of fig7 and protocol have the recipe's. An interrupted or exhausted budget goes on
+    when the same command is given again; rows that the results file has are not run again. Writes
+    Markdown, CSV and a picture.
     """
     from dataclasses import replace
 

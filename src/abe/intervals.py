@@ -6,6 +6,7 @@ Shapes: S seeds, Q queries.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +86,22 @@ def does_not_exceed(difference: Interval, margin: float) -> Verdict:
     if difference.high < margin:
         return "shown"
     return "refuted" if difference.low > margin else "not shown"
+
+
+def is_behind(own: Sequence[float], others: Sequence[float], queries: int) -> bool:
+    """Whether the mean of shares of hits is clearly below that of others: by two standard errors.
+
+    Those of a difference of two shares p of n queries, each with queries of its own:
+    root(2 p (1 - p) / n).
+
+    Args:
+        own: of some seeds, (S,).
+        others: of the same seeds, (S,).
+        queries: how many each share is of.
+    """
+    share = float(np.mean([*own, *others]))
+    error = (2 * share * (1 - share) / (queries * len(own))) ** 0.5
+    return float(np.mean(others) - np.mean(own)) > 2 * error
 
 
 def pack(hits: NDArray[np.bool_]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Runs are lines of a results file. What has a line, by the digests of its configuration and of its
 images, is not run again; what was interrupted goes on where it was. Seeds come first: a budget that
 ends early leaves a whole table of fewer seeds. All of them try every rate: which one is best on
-held-out classes differs from seed to seed, and the mean over the seeds chooses.
+held-out classes differs from seed to seed, and the mean over the seeds chooses. A rate that is
+behind by more than chance explains is given up, and the seeds to come do not try it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from abe.data.splits import Splits, open_splits
 from abe.errors import TakenError
 from abe.evaluate import evaluate_baselines
 from abe.experiments import Arm, Experiment, Scale
+from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
 from abe.report.reproduced import draw
@@ -99,16 +102,21 @@ class Reproduction:
             Run(arm, config, self._gflop(arm))
             for seed in self._seeds
             for arm in experiment.arms(self.scale.learners)
-            for config in self._configs(arm, seed)
+            for config in self._configs(arm, experiment.rates(arm, self.scale), seed)
         ]
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Those that have no line yet, and did not diverge."""
-        done = {r["config_digest"] for r in self._records() if not is_baseline(r)}
+        """Those that have no line yet, did not diverge, and are of no rate that is given up."""
+        done = {r["config_digest"]: r for r in self._records() if not is_baseline(r)}
+        given_up = self._given_up(runs, done)
         return [
             run
             for run in runs
-            if not (run.config.digest in done or self._diverged(run.config.digest))
+            if not (
+                run.config.digest in done
+                or self._diverged(run.config.digest)
+                or (run.arm.name, run.config.train.lr) in given_up
+            )
         ]
 
     def train(self, experiment: Experiment, budget: float | None, go_on: str) -> bool:
@@ -213,7 +221,9 @@ class Reproduction:
         text = [
             f"# {name}: {experiment.title}",
             f"{data}, in percent, with the 95 % interval over seeds and queries; what is said to "
-            f"be the paper's is of {papers_images(experiment, data)}.",
+            f"be the paper's is of {papers_images(experiment, data)}."
+            + f" All rows have the recipe's rate, {base.train.lr:g}."
+            * (not experiment.tuned),
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             f"{missing} of {len(runs)} runs are missing." if missing else "",
@@ -274,7 +284,28 @@ class Reproduction:
         first = self.scale.base.seed
         return range(first, first + self.seeds)
 
-    def _configs(self, arm: Arm, seed: int) -> list[Config]:
+    def _given_up(
+        self, runs: Sequence[Run], done: Mapping[str, dict[str, Any]]
+    ) -> set[tuple[str, float]]:
+        """Arms' names and rates that are clearly behind another on held-out classes.
+
+        Each two by the seeds that both have, as `summarize` chooses.
+        """
+        tried: dict[str, dict[float, dict[int, float]]] = {}
+        for run in runs:
+            if (record := done.get(run.config.digest)) is not None:
+                of_rate = tried.setdefault(run.arm.name, {}).setdefault(run.config.train.lr, {})
+                of_rate[run.config.seed] = record["selection_recall@1"]
+        given_up = set()
+        for arm, by_rate in tried.items():
+            for rate, other in permutations(by_rate, 2):
+                shared = sorted(by_rate[rate].keys() & by_rate[other].keys())
+                own, others = ([by_rate[each][seed] for seed in shared] for each in (rate, other))
+                if shared and is_behind(own, others, len(self.splits.select)):
+                    given_up.add((arm, rate))
+        return given_up
+
+    def _configs(self, arm: Arm, rates: Sequence[float], seed: int) -> list[Config]:
         """One at each rate."""
         base = self.scale.base
         return [
@@ -282,7 +313,7 @@ class Reproduction:
                 base.with_overrides([*arm.settings, f"train.lr={rate}", f"seed={seed}"]),
                 self.splits,
             )
-            for rate in arm.rates or self.scale.rates
+            for rate in rates
         ]
 
     def _diverged(self, digest: str) -> bool:

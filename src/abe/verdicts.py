@@ -386,7 +386,14 @@ def _judged_lines(
     for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
         arms = experiment.arms(scale.learners)
         base = scale.base.model_copy(update={"data": config.data})
-        own = {arm.name: by_key.get(_key(base.with_overrides(arm.settings)), ()) for arm in arms}
+        own = {
+            arm.name: [
+                run
+                for run in by_key.get(_key(base.with_overrides(arm.settings)), ())
+                if experiment.tuned or run["config"]["train"]["lr"] == base.train.lr
+            ]
+            for arm in arms
+        }
         rows = rows_of(arms, own)
         for claim in experiment.claims(scale.learners):
             judged = judge(claim, rows)
