@@ -30,7 +30,17 @@ from abe.results import append_record, method_name, read_records, result_record
 from abe.runtime import seconds_of
 from abe.start import build_model
 from abe.train import Trainer
-from abe.verdicts import cuts, judge, markdown, paper_row, results_page, rows_of, values_of
+from abe.verdicts import (
+    cuts,
+    judge,
+    markdown,
+    paper_row,
+    papers_difference,
+    results_page,
+    rows_of,
+    select,
+    values_of,
+)
 
 ABE = str(Path(sys.executable).with_name("abe"))
 ROOT = Path(__file__).parents[1]
@@ -175,7 +185,7 @@ def better_and_worse(seeds: int) -> dict[str, list[Any]]:
 
 
 def test_three_seeds_decide_a_claim() -> None:
-    arms, (claim, alike) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    arms, (claim, alike, *_) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
     records = better_and_worse(3)
     rows = rows_of(arms, records)
     shown = judge(claim, rows)
@@ -212,7 +222,7 @@ def test_what_test_images_pick_is_compared_within_a_run() -> None:
 
 
 def test_only_the_same_queries_of_the_same_seeds_are_pairs() -> None:
-    arms, (claim, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    arms, (claim, *_) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
     records = better_and_worse(3)
     paired = judge(claim, rows_of(arms, records)).difference
     swapped = {name: list(reversed(runs)) for name, runs in records.items()}
@@ -275,14 +285,48 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     for runs in found.values():
         assert all(f"`{r['config_digest']}`" in line for r in runs)
     assert "not run here: `abe reproduce table6" in page
-    assert len([line for line in page.splitlines() if "**" in line]) == 3
+    judged = [line for line in page.partition("## All results")[0].splitlines() if "**" in line]
+    assert len(judged) == 5  # those of table 2, and one of them again with fig5
+
+
+def test_an_ensemble_is_set_beside_its_own_learners() -> None:
+    arms, (_, _, gains, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    judged = judge(gains, rows_of(arms, better_and_worse(3)))
+    assert (judged.shown, judged.verdict) == ("+10.0 [+10.0, +10.0], 3 seeds", "shown")
+    assert str(gains) == "recall@1 of ABE-4^512 is above learners' recall@1 of ABE-4^512"
+    assert papers_difference(EXPERIMENTS["table2"], gains, 4, "cars") == "+10.2"  # 85.2 - 75.0
 
 
 def test_the_page_compares_no_runs_of_different_starts() -> None:
     better, worse = better_and_worse(3).values()
     other = {"source": "start", "sha256": "f" * 16}
     page = results_page([*better, *(run | {"weights": other} for run in worse)])
-    assert "**" not in page
+    assert "**shown** | `" in page  # each beside its own learners
+    (line,) = [x for x in page.splitlines() if f"{EXPERIMENTS['table2'].claims(4)[0]} |" in x]
+    assert "not run here" in line
+
+
+def test_some_experiments_and_a_start_are_selected() -> None:
+    better, worse = better_and_worse(1).values()
+    heads = [record(EXPERIMENTS["table3"].arms(4)[0], 0, [True, False])]
+    other = {"source": "other", "sha256": "f" * 16}
+    elsewhere = [better[0] | {"weights": other}]
+    pixels, start, other_start = (
+        better[0] | {"selected_step": None, "method": name, "weights": weights}
+        for name, weights in (
+            ("raw pixels", None),
+            ("pretrained start", better[0]["weights"]),
+            ("pretrained start", other),
+        )
+    )
+    everything = [pixels, start, other_start, *heads, *worse, *better, *elsewhere]
+    assert select(everything) == [pixels, start, other_start, *heads, *worse, *better, *elsewhere]
+    assert select(everything, ["table2"], "start") == [pixels, start, *better, *worse]
+    assert select(everything, start="other") == [pixels, other_start, *elsewhere]
+    with pytest.raises(InputError, match=r"no run of table3 from other: .* runs from other, start"):
+        select(everything, ["table3"], "other")
+    with pytest.raises(InputError, match="did you mean 'table2'"):
+        select(everything, ["tabel2"])
 
 
 def test_docs_results_is_made_of_the_results() -> None:

@@ -383,6 +383,18 @@ def results(
             "<!-- results:begin --> and <!-- results:end -->.",
         ),
     ] = None,
+    experiments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--of",
+            metavar="NAME",
+            help="Only rows of this table or figure, as `abe reproduce` names it. Repeatable.",
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Only networks that began with weights of this name."),
+    ] = None,
 ) -> None:
     """Print Markdown tables of results, averaged over seeds.
 
@@ -397,6 +409,10 @@ def results(
         from abe.verdicts import results_page
 
         replace_text(page, results_page(records))
+    if experiments or start:
+        from abe.verdicts import select
+
+        records = select(records, experiments or (), start)
     table = markdown_table(summarize(records))
     if into is None and page is None:
         typer.echo(table)

@@ -155,6 +155,7 @@ def _against_heads_claims(most: int) -> tuple[Claim, ...]:
     return (
         Claim("ABE-1^512", "1-head^512", "similar to"),
         *(Claim(f"ABE-{m}^512", f"{m}-heads^512") for m in (2, 4, 8)),
+        *(Claim(f"ABE-{m}^512", "1-head^512") for m in (2, 4, 8)),
         *(Claim(f"ABE-{2 * m}^512", f"ABE-{m}^512") for m in (1, 2, 4)),
         *(
             Claim(f"ABE-{2 * m}^512", f"ABE-{m}^512", quantity="learners' recall@1")
@@ -177,7 +178,12 @@ def _divergence(most: int) -> tuple[Arm, ...]:
 
 def _divergence_claims(most: int) -> tuple[Claim, ...]:
     with_it, without = (arm.name for arm in _divergence(most))
-    return (Claim(with_it, without), Claim(without, with_it, quantity="learners' cosine"))
+    return (
+        Claim(with_it, without),
+        Claim(without, with_it, quantity="learners' cosine"),
+        Claim(with_it, with_it, against="learners' recall@1"),
+        Claim(without, without, "similar to", against="learners' recall@1"),
+    )
 
 
 def _divergence_in_heads(most: int) -> tuple[Arm, ...]:
@@ -364,7 +370,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fig4": Experiment(
         "Recall@1 against parameters and operations",
         lambda most: _against_heads(most)[:8],
-        lambda most: _against_heads_claims(most)[:7],
+        lambda most: _against_heads_claims(most)[:10],
         table="table1",
         picture="costs",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from abe.config import Config
+from abe.errors import InputError
 from abe.experiments import (
     EXPERIMENTS,
     PICKED,
@@ -25,7 +26,9 @@ from abe.experiments import (
     Claim,
     Experiment,
     Quantity,
+    Scale,
     full,
+    get_experiments,
     small,
 )
 from abe.intervals import (
@@ -40,14 +43,17 @@ from abe.intervals import (
 from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
 from abe.results import (
+    RANDOM,
     Summary,
     data_title,
     differing,
     flatten,
     is_baseline,
+    markdown_table,
     method_name,
     schedule,
     summarize,
+    weights_name,
 )
 from abe.start import build_model
 
@@ -219,12 +225,16 @@ def papers_difference(experiment: Experiment, claim: Claim, learners: int, data:
         learners: as many as the claim's arms have where the paper has 8.
         data: name of our images, see `papers_images`.
     """
-    column = {"recall@1": "R@1", "learners' recall@1": "learner_R@1"}.get(claim.quantity, "")
+    columns: dict[str, str] = {"recall@1": "R@1", "learners' recall@1": "learner_R@1"}
     arms = {arm.name: arm for arm in experiment.arms(learners)}
     more, less = (
-        paper_row(experiment, arms[name], data).get(column) for name in (claim.more, claim.less)
+        paper_row(experiment, arms[name], data).get(columns.get(quantity, ""))
+        for name, quantity in (
+            (claim.more, claim.quantity),
+            (claim.less, claim.against or claim.quantity),
+        )
     )
-    return "" if more is None or less is None or claim.against else f"{more - less:+.1f}"
+    return "" if more is None or less is None else f"{more - less:+.1f}"
 
 
 def costs(config: Config) -> tuple[int, int]:
@@ -327,22 +337,16 @@ def cuts(base: Config) -> list[str]:
 
 
 def results_page(records: Iterable[dict[str, Any]]) -> str:
-    """docs/results.md: each claim of each experiment on the images that it was tried on."""
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}  # images and start -> arm -> records
-    left_out = 0
-    for record in records:
-        if is_baseline(record):
-            continue
-        if not counts(record):
-            left_out += 1
-            continue
-        start = record["weights"] and record["weights"]["sha256"]
-        key = [record["data"], record["images_digest"], record["config"]["data"], start]
-        of_images = groups.setdefault(json.dumps(key, sort_keys=True), {})
-        of_images.setdefault(_key(Config.from_json(record["config"])), []).append(record)
+    """docs/results.md: each claim of each experiment on the images that it was tried on.
+
+    Behind the claims stand the tables of all results.
+    """
+    records = list(records)
+    groups = _by_images_and_start(records)
+    left_out = sum(not (is_baseline(record) or counts(record)) for record in records)
     lines = [_PAGE_HEAD, f"\n{left_out} lines do not say which queries were answered: left out."]
     for name, experiment in EXPERIMENTS.items():
-        told = [line for group in groups.values() for line in _judged_lines(experiment, group)]
+        told = [line for group in groups for line in _judged_lines(experiment, group)]
         run = {claim for claim, _ in told}
         of_scales = [scale.learners for scale in (full(), small(True))]
         learners = next((n for n in of_scales if run & set(experiment.claims(n))), of_scales[-1])
@@ -356,7 +360,73 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
         ]
         lines += [f"\n## {name}: {experiment.title}\n"]
         lines += [_CLAIMS_HEAD, *section] if section else [f"A picture, no figures: `{command}`."]
+    lines += ["\n## All results\n", markdown_table(summarize(records))]
     return "\n".join(lines) + "\n"
+
+
+def select(
+    records: Iterable[dict[str, Any]], names: Collection[str] = (), start: str | None = None
+) -> list[dict[str, Any]]:
+    """Some of the results: runs, and the baselines of the same images.
+
+    Args:
+        records: of a results file.
+        names: experiments whose arms the runs are of, at either scale, in the order of the arms;
+            none for all runs.
+        start: name of the weights that the runs began with; None for any.
+
+    Raises:
+        InputError: no run is left, or there is no such experiment.
+    """
+    records = list(records)
+    runs = [record for record in records if not is_baseline(record)]
+    if start is not None:
+        runs = [run for run in runs if _start_name(run) == start]
+    if names:
+        experiments = [each for name in names for each in get_experiments(name).values()]
+        of_arms = {
+            id(run): run
+            for group in _by_images_and_start(runs)
+            for experiment in experiments
+            for _, _, by_arm in _of_scales(experiment, group)
+            for found in by_arm.values()
+            for run in found
+        }
+        runs = list(of_arms.values())
+    if not runs:
+        known = sorted({_start_name(record) for record in records if not is_baseline(record)})
+        raise InputError(
+            f"no run of {', '.join(names) or 'any experiment'} from {start or 'any start'}: "
+            f"the file has runs from {', '.join(known) or 'none'}"
+        )
+    images = [run["data"] for run in runs]
+    starts = {RANDOM, *map(_start_name, runs)}
+    baselines = [
+        record
+        for record in filter(is_baseline, records)
+        if record["data"] in images and _start_name(record) in starts
+    ]
+    return baselines + runs
+
+
+def _start_name(record: dict[str, Any]) -> str:
+    """What weights a network began with, without their hash."""
+    return weights_name(record["weights"]).split()[0] if record["weights"] else RANDOM
+
+
+def _by_images_and_start(
+    records: Iterable[dict[str, Any]],
+) -> list[dict[str, list[dict[str, Any]]]]:
+    """Runs that can be compared: of each images and start, by the `_key` of their arm."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in records:
+        if is_baseline(record) or not counts(record):
+            continue
+        start = record["weights"] and record["weights"]["sha256"]
+        key = [record["data"], record["images_digest"], record["config"]["data"], start]
+        of_images = groups.setdefault(json.dumps(key, sort_keys=True), {})
+        of_images.setdefault(_key(Config.from_json(record["config"])), []).append(record)
+    return list(groups.values())
 
 
 _PAGE_HEAD = """# Results
@@ -377,24 +447,34 @@ _CLAIMS_HEAD = (
 )
 
 
+def _of_scales(
+    experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
+) -> Iterator[tuple[str, Scale, dict[str, list[dict[str, Any]]]]]:
+    """The runs of each arm at either scale, of runs on the same images by `_key`."""
+    config = Config.from_json(next(iter(by_key.values()))[0]["config"])
+    for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
+        base = scale.base.model_copy(update={"data": config.data})
+        yield (
+            name,
+            scale,
+            {
+                arm.name: [
+                    run
+                    for run in by_key.get(_key(base.with_overrides(arm.settings)), ())
+                    if experiment.tuned or run["config"]["train"]["lr"] == base.train.lr
+                ]
+                for arm in experiment.arms(scale.learners)
+            },
+        )
+
+
 def _judged_lines(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
 ) -> list[tuple[Claim, str]]:
     """The claims that runs on the same images, by `_key`, say something of, at either scale."""
-    config = Config.from_json(next(iter(by_key.values()))[0]["config"])
     lines = []
-    for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
-        arms = experiment.arms(scale.learners)
-        base = scale.base.model_copy(update={"data": config.data})
-        own = {
-            arm.name: [
-                run
-                for run in by_key.get(_key(base.with_overrides(arm.settings)), ())
-                if experiment.tuned or run["config"]["train"]["lr"] == base.train.lr
-            ]
-            for arm in arms
-        }
-        rows = rows_of(arms, own)
+    for name, scale, own in _of_scales(experiment, by_key):
+        rows = rows_of(experiment.arms(scale.learners), own)
         for claim in experiment.claims(scale.learners):
             judged = judge(claim, rows)
             if judged.difference is None:
