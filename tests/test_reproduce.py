@@ -270,8 +270,10 @@ def test_rates_are_chosen_by_held_out_classes_and_lines_without_hits_do_not_coun
 def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     found = better_and_worse(3)
     page = results_page([r for runs in found.values() for r in runs])
-    claim = str(EXPERIMENTS["table2"].claims(4)[0])
-    (line,) = [line for line in page.splitlines() if line.startswith(f"| {claim} |")]
+    arms, claim_of_page = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)[0]
+    claim = str(claim_of_page)
+    short, line = [line for line in page.splitlines() if line.startswith(f"| {claim} |")]
+    assert short.endswith(f"| shown {judge(claim_of_page, rows_of(arms, found)).mean} |")
     assert "**shown**" in line
     assert line.startswith(f"| {claim} | +15.5 | birds")
     assert "A picture, no figures: `abe reproduce fig6 --scale small --data FOLDER`." in page
@@ -437,7 +439,8 @@ def test_a_page_has_runs_of_the_recipes_rate_where_one_setting_is_varied() -> No
     records += [record(best, seed, good, rate=0.01) for seed in range(3)]
     records += [record(other, seed, good, rate=0.003) for seed in range(3)]
     claim = "recall@1 of divergence_weight 1 is above that of divergence_weight 10"
-    (line,) = [text for text in results_page(records).splitlines() if claim in text]
+    short, line = [text for text in results_page(records).splitlines() if claim in text]
+    assert "refuted -100.0" in short
     assert "**refuted**" in line
 
 

@@ -117,15 +117,21 @@ class Judged:
         """The difference in points of Recall@1, or of cosine: "+1.0 [-0.2, +2.2], 3 seeds"."""
         if self.difference is None:
             return ""
-        unit, digits = (100, 1) if "recall" in self.claim.quantity else (1, 2)
 
         def between(found: Interval) -> str:
-            return "[{}, {}]".format(*(f"{unit * e:+z.{digits}f}" for e in (found.low, found.high)))
+            return f"[{self._points(found.low)}, {self._points(found.high)}]"
 
         d, seeds = self.difference, self.seeds
         alone = "" if self.of_seeds in (None, d) else f" (of seeds alone {between(self.of_seeds)})"
-        mean = f"{unit * d.mean:+z.{digits}f}"
-        return f"{mean} {between(d)}, {seeds} seed{'s' * (seeds > 1)}{alone}"
+        return f"{self.mean} {between(d)}, {seeds} seed{'s' * (seeds > 1)}{alone}"
+
+    @property
+    def mean(self) -> str:
+        """The mean of the difference alone."""
+        return "" if self.difference is None else self._points(self.difference.mean)
+
+    def _points(self, value: float) -> str:
+        return f"{100 * value:+z.1f}" if "recall" in self.claim.quantity else f"{value:+z.2f}"
 
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.claim), self.shown, self.verdict) if part)
@@ -345,13 +351,17 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     groups = _by_images_and_start(records)
     left_out = sum(not (is_baseline(record) or counts(record)) for record in records)
     lines = [_PAGE_HEAD, f"\n{left_out} lines do not say which queries were answered: left out."]
+    all_told = {
+        name: [told for group in groups for told in _judged_claims(experiment, group)]
+        for name, experiment in EXPERIMENTS.items()
+    }
+    lines += ["\n## In short\n", _in_short(told for each in all_told.values() for told in each)]
     for name, experiment in EXPERIMENTS.items():
-        told = [line for group in groups for line in _judged_lines(experiment, group)]
-        run = {claim for claim, _ in told}
+        run = {told.claim for told in all_told[name]}
         of_scales = [scale.learners for scale in (full(), small(True))]
         learners = next((n for n in of_scales if run & set(experiment.claims(n))), of_scales[-1])
         command = f"abe reproduce {name} --scale small --data FOLDER"
-        section = [line for _, line in told]
+        section = [told.line for told in all_told[name]]
         section += [
             f"| {claim} | {papers_difference(experiment, claim, learners, '')} | | | "
             f"not run here: `{command}` | |"
@@ -468,11 +478,38 @@ def _of_scales(
         )
 
 
-def _judged_lines(
+@dataclass(frozen=True)
+class _Told:
+    """What runs on some images, at one scale, say of a claim; and the paper's difference."""
+
+    judged: Judged
+    theirs: str
+    scale: str
+    runs: Sequence[dict[str, Any]]
+
+    @property
+    def claim(self) -> Claim:
+        return self.judged.claim
+
+    @property
+    def images(self) -> str:
+        """The images, the scale and the start: "birds at 96 px, `small`, from start.pth"."""
+        name, crop = self.runs[0]["data"]["name"], self.runs[0]["config"]["data"]["crop"]
+        return f"{name} at {crop} px, `{self.scale}`, from {_start_name(self.runs[0])}"
+
+    @property
+    def line(self) -> str:
+        setting = f"{data_title(self.runs[0]['data'])}, `{self.scale}`: {schedule(self.runs[0])}"
+        judged = self.judged
+        cells = str(self.claim), self.theirs, setting, judged.shown, f"**{judged.verdict}**"
+        return f"| {' | '.join((*cells, _stamps(self.runs)))} |"
+
+
+def _judged_claims(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
-) -> list[tuple[Claim, str]]:
+) -> list[_Told]:
     """The claims that runs on the same images, by `_key`, say something of, at either scale."""
-    lines = []
+    told = []
     for name, scale, own in _of_scales(experiment, by_key):
         rows = rows_of(experiment.arms(scale.learners), own)
         for claim in experiment.claims(scale.learners):
@@ -481,11 +518,29 @@ def _judged_lines(
                 continue
             compared = [row for row in rows if row.arm.name in (claim.more, claim.less)]
             runs = [run for row in compared for run in row.runs_of(judged.pairs)]
-            setting, stamps = _setting(name, runs[0]), _stamps(runs)
             theirs = papers_difference(experiment, claim, scale.learners, runs[0]["data"]["name"])
-            cells = str(claim), theirs, setting, judged.shown, f"**{judged.verdict}**", stamps
-            lines.append((claim, f"| {' | '.join(cells)} |"))
-    return lines
+            told.append(_Told(judged, theirs, name, runs))
+    return told
+
+
+def _in_short(told: Iterable[_Told]) -> str:
+    """Each claim that was tried in a line, with a column for each images and start."""
+    by_claim: dict[Claim, dict[str, str]] = {}
+    theirs: dict[Claim, str] = {}
+    for each in told:
+        verdict = each.judged.verdict.partition(",")[0]
+        by_claim.setdefault(each.claim, {})[each.images] = f"{verdict} {each.judged.mean}"
+        theirs[each.claim] = theirs.get(each.claim) or each.theirs
+    columns = sorted({images for cells in by_claim.values() for images in cells})
+    lines = [
+        f"| claim | the paper's | {' | '.join(columns)} |",
+        f"|---|--:|{'---|' * len(columns)}",
+    ]
+    lines += [
+        f"| {claim} | {theirs[claim]} | {' | '.join(cells.get(name, '') for name in columns)} |"
+        for claim, cells in by_claim.items()
+    ]
+    return "\n".join(lines)
 
 
 def _key(config: Config) -> str:
@@ -494,10 +549,6 @@ def _key(config: Config) -> str:
     for name in ("seed", "train.lr", "recipe", "model.weights"):
         del settings[name]
     return json.dumps(settings, sort_keys=True)
-
-
-def _setting(scale: str, record: dict[str, Any]) -> str:
-    return f"{data_title(record['data'])}, `{scale}`: {schedule(record)}"
 
 
 def _stamps(records: Sequence[dict[str, Any]]) -> str:
