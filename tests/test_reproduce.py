@@ -361,6 +361,15 @@ def test_a_table_is_written_and_not_run_again(table2: Path) -> None:
 
 
 @pytest.mark.slow
+def test_several_are_run_one_after_the_other_and_share_the_budget(table2: Path) -> None:
+    done = reproduce(table2, "fig6", "fig5", "table2", "--budget=0.01s")
+    assert (done.returncode, trained(done)) == (0, 0), done.stderr
+    titles = [line for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert [title.split(":")[0] for title in titles] == ["# fig6", "# fig5", "# table2"]
+    assert done.stderr.count("runs are not begun") == 1  # fig5 has two rows more than table 2
+
+
+@pytest.mark.slow
 def test_a_line_that_was_removed_is_run_alone(table2: Path) -> None:
     before = lines(table2)
     gone = json.loads(before[-2])

@@ -463,10 +463,10 @@ def demo(
 
 @app.command()
 def reproduce(
-    experiment: Annotated[
-        str,
+    names: Annotated[
+        list[str],
         typer.Argument(
-            metavar="NAME", help="table1 ... table8, fig4 ... fig7, losses or protocol."
+            metavar="NAME...", help="table1 ... table8, fig4 ... fig7, losses or protocol."
         ),
     ],
     data: Annotated[
@@ -516,7 +516,7 @@ def reproduce(
     allow_partial: AllowPartial = False,
     overrides: Overrides = None,
 ) -> None:
-    """Repeat a table or figure of the paper on your images.
+    """Repeat tables and figures of the paper on your images, one after the other.
 
     Every row has the same steps and chooses its rate by held-out classes, in the mean over the
     seeds; those of fig7 and protocol have the recipe's. An interrupted or exhausted budget goes on
@@ -530,13 +530,15 @@ def reproduce(
     from abe.reproduce import reproduce as run
     from abe.runtime import seconds_of, typed
 
-    experiments = get_experiments(experiment)
+    experiments = {key: each for name in names for key, each in get_experiments(name).items()}
     limit = None if budget is None else seconds_of(budget, "--budget")
+    benchmarks = next(iter(experiments.values())).benchmarks
     if root is not None and data is None:
-        data = next(iter(experiments.values())).benchmarks[0]
+        data = benchmarks[0]
     if scale == "full" and data is None:
-        names = " or ".join(next(iter(experiments.values())).benchmarks)
-        raise InputError(f"--scale full needs photographs: --data {names} --root FOLDER")
+        raise InputError(
+            f"--scale full needs photographs: --data {' or '.join(benchmarks)} --root FOLDER"
+        )
     chosen = full() if scale == "full" else small(data is not None)
     settings = _settings(
         overrides,
