@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from abe.intervals import pack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
+from abe.report.reproduced import draw
 from abe.reproduce import Reproduction, Run
 from abe.results import append_record, method_name, read_records, result_record
 from abe.runtime import seconds_of
@@ -583,19 +585,36 @@ def test_a_picture_of_runs_that_are_elsewhere_is_not_drawn(table2: Path) -> None
     assert not list((table2 / "other").glob("*.png"))
 
 
-def test_fig4_is_drawn_of_figures_alone(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    from abe.report.reproduced import draw
-
-    experiment, base = EXPERIMENTS["fig4"], small(True).base
+@pytest.mark.parametrize(
+    ("name", "panels"),
+    [
+        ("fig4", {"Recall@1, %, ours": [8, 8], "Recall@1, %, the paper's": [8, 8]}),
+        ("table2", {"Recall@1, %, ours": [2], "Recall@1, %, the paper's": [2]}),
+        ("fig7c", {"Recall@1, %, ours": [5]}),
+    ],
+)
+def test_ours_and_the_papers_are_drawn_on_axes_of_their_own(
+    name: str, panels: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    experiment, base = EXPERIMENTS[name], small(True).base
     records = {arm.name: [record(arm, 0, [True, False] * 9)] for arm in experiment.arms(4)}
     values = [
         values_of(experiment, row, "birds", base) for row in rows_of(experiment.arms(4), records)
     ]
-    path = tmp_path / "fig4.png"
-    assert draw(experiment, values, {}, None, path, Console(quiet=True))  # type: ignore[arg-type]
-    assert colours(path) > 50
+    assert draw(experiment, values, {}, None, tmp_path / "x.png", Console(quiet=True))  # type: ignore[arg-type]
+    found: dict[str, list[int]] = {}
+    label = ""
+    for axes in drawn[0].axes:
+        label = axes.get_ylabel() if name == "fig4" and axes.get_ylabel() else label
+        points = sum(len(bars.lines[0].get_xdata()) for bars in axes.containers)
+        found.setdefault(label or axes.get_xlabel(), []).append(points)
+        assert bool(axes.texts) == (name == "fig4")
+    assert found == panels
+    bar = drawn[0].axes[0].containers[0].lines[2][0].get_paths()[0]
+    for end in ("recall@1 low", "recall@1 high"):
+        assert np.isclose(bar.vertices, 100 * values[0][end]).any()
 
 
 # --- What cannot be run ---

@@ -21,6 +21,9 @@ from abe.results import EMBEDDINGS
 from abe.runtime import replaced
 
 COLOURS = {"positive": "tab:blue", "negative": "tab:red", "self": "tab:green"}  # as in Fig. 5
+_COSTS = {"parameters": 1e6, "MACs": 1e9}  # in which units Fig. 4 has them
+_KINDS = ((("ABE", "ABE-M"), "tab:blue", "o"), (("-head", "M-heads"), "tab:orange", "s"))
+_NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
 def draw(
@@ -75,43 +78,64 @@ def draw(
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Recall@1 of every row with its interval, and the paper's."""
-    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(rows))
-    ours = [100 * row["recall@1"] for row in rows]
-    beside = [
-        [100 * (row["recall@1"] - row["recall@1 low"]) for row in rows],
-        [100 * (row["recall@1 high"] - row["recall@1"]) for row in rows],
-    ]
-    axes.errorbar(ours, places, xerr=beside, fmt="o", capsize=3, label="ours")
-    theirs = [(row["paper R@1"], place) for place, row in enumerate(rows) if "paper R@1" in row]
-    if theirs:
-        axes.plot(*zip(*theirs, strict=True), "D", mfc="none", label="the paper's, of its images")
-    axes.set_yticks(places, [row["method"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("Recall@1, %")
-    axes.legend()
+    """Recall@1 of every row with its interval, beside it the paper's on an axis of its own."""
+    theirs = any("paper R@1" in row for row in rows)
+    figure = Figure(figsize=(7 + 3 * theirs, 1 + 0.35 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 1 + theirs, sharey=True, squeeze=False)[0]
+    for axes, source in zip(panels, ("ours", "the paper's"), strict=False):
+        found = [
+            (place, *_recall(row, source))
+            for place, row in enumerate(rows)
+            if source == "ours" or "paper R@1" in row
+        ]
+        places, recalls, below, above = zip(*found, strict=True)
+        axes.errorbar(recalls, places, xerr=[below, above], fmt="o", capsize=3)
+        axes.set_xlabel(f"Recall@1, %, {source}")
+    panels[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
+    panels[0].invert_yaxis()
     return figure
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Fig. 4: Recall@1 against parameters and multiply-accumulates."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    scales = {"parameters": "parameters, 10^7", "MACs": "multiply-accumulates, 10^9"}
-    for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), scales.items(), strict=True):
-        for kind, marker in (("ABE", "o-"), ("head", "s--")):
-            line = [row for row in rows if kind in row["method"] and name in row]
-            unit = 1e7 if name == "parameters" else 1e9
-            x = [row[name] / unit for row in line]
-            axes.plot(x, [100 * row["recall@1"] for row in line], marker, label=f"{kind}, ours")
-            theirs = [row.get("paper R@1") for row in line]
-            if all(value is not None for value in theirs):
-                axes.plot(x, theirs, marker, mfc="none", alpha=0.4, label=f"{kind}, the paper's")
-        axes.set_xlabel(label)
-    axes.legend()
-    figure.supylabel("Recall@1, %")
+    """Fig. 4: Recall@1 against parameters and multiply-accumulates, ours above the paper's.
+
+    Each has its own axis: on other images and from another start, levels say nothing.
+    """
+    ours = [row for row in rows if "parameters" in row]
+    theirs = [row for row in ours if "paper R@1" in row]
+    sources = {"ours": ours} | ({"the paper's": theirs} if theirs else {})
+    figure = Figure(figsize=(9, 3.2 * len(sources)), layout="constrained")
+    panels = figure.subplots(len(sources), 2, sharex="col", sharey="row", squeeze=False)
+    for (source, found), (left, right) in zip(sources.items(), panels, strict=True):
+        for axes, (name, unit) in zip((left, right), _COSTS.items(), strict=True):
+            for (kind, title), colour, marker in _KINDS:
+                line = [row for row in found if kind in row["method"]]
+                recalls = [_recall(row, source) for row in line]
+                axes.errorbar(
+                    [row[name] / unit for row in line],
+                    [recall for recall, _, _ in recalls],
+                    yerr=[[low for _, low, _ in recalls], [high for _, _, high in recalls]],
+                    color=colour,
+                    marker=marker,
+                    capsize=3,
+                    label=title,
+                )
+                for row, (recall, _, _) in zip(line, recalls, strict=True):
+                    place = (row[name] / unit, recall)
+                    axes.annotate(row["method"].partition("^")[0], place, (4, 4), **_NEAR)
+        left.set_ylabel(f"Recall@1, %, {source}")
+    panels[-1, 0].set_xlabel("parameters, millions")
+    panels[-1, 1].set_xlabel("multiply-accumulates at 224 px, thousand millions")
+    panels[0, 0].legend()
     return figure
+
+
+def _recall(row: Mapping[str, Any], source: str) -> tuple[float, float, float]:
+    """Recall@1 in percent, and how far below and above it its interval goes."""
+    if source != "ours":
+        return row["paper R@1"], 0.0, 0.0
+    recall, low, high = (row[name] for name in ("recall@1", "recall@1 low", "recall@1 high"))
+    return 100 * recall, 100 * (recall - low), 100 * (high - recall)
 
 
 def _cosines(folders: Mapping[str, Path], splits: Splits) -> Figure:
