@@ -408,6 +408,9 @@ def results(
     if page is not None:
         from abe.verdicts import results_page
 
+        if experiments or start:
+            raise InputError("--page has all results: leave out --of and --start")
+
         replace_text(page, results_page(records))
     if experiments or start:
         from abe.verdicts import select
@@ -532,12 +535,18 @@ def reproduce(
 
     experiments = {key: each for name in names for key, each in get_experiments(name).items()}
     limit = None if budget is None else seconds_of(budget, "--budget")
-    benchmarks = next(iter(experiments.values())).benchmarks
+    own = list(dict.fromkeys(name for each in experiments.values() for name in each.benchmarks))
     if root is not None and data is None:
-        data = benchmarks[0]
+        first, *others = {each.benchmarks[0] for each in experiments.values()}
+        if others:
+            raise InputError(f"these are of several benchmarks: --data {' or '.join(own)}")
+        data = first
     if scale == "full" and data is None:
+        raise InputError(f"--scale full needs photographs: --data {' or '.join(own)} --root FOLDER")
+    if rates and not any(each.tuned for each in experiments.values()):
         raise InputError(
-            f"--scale full needs photographs: --data {' or '.join(benchmarks)} --root FOLDER"
+            f"--rate: {', '.join(names)} varies another setting and keeps the rate of the recipe: "
+            "--set train.lr=RATE changes it"
         )
     chosen = full() if scale == "full" else small(data is not None)
     settings = _settings(

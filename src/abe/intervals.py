@@ -91,17 +91,23 @@ def does_not_exceed(difference: Interval, margin: float) -> Verdict:
 def is_behind(own: Sequence[float], others: Sequence[float], queries: int) -> bool:
     """Whether the mean of shares of hits is clearly below that of others: by two standard errors.
 
-    Those of a difference of two shares p of n queries, each with queries of its own:
-    root(2 p (1 - p) / n).
+    The error is the wider of two: that of shares p of so many queries, root(2 p (1 - p) / n), and
+    that of the seeds' own differences. One seed does not tell how seeds differ, and has to be
+    behind by twice as much.
 
     Args:
         own: of some seeds, (S,).
         others: of the same seeds, (S,).
         queries: how many each share is of.
     """
+    differences = np.subtract(others, own)
     share = float(np.mean([*own, *others]))
-    error = (2 * share * (1 - share) / (queries * len(own))) ** 0.5
-    return float(np.mean(others) - np.mean(own)) > 2 * error
+    error = (2 * share * (1 - share) / (queries * len(differences))) ** 0.5
+    if len(differences) == 1:
+        error *= 2
+    else:
+        error = max(error, float(differences.std(ddof=1)) / len(differences) ** 0.5)
+    return float(differences.mean()) > 2 * error
 
 
 def pack(hits: NDArray[np.bool_]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Runs are lines of a results file. What has a line, by the digests of its configuration and of its
 images, is not run again; what was interrupted goes on where it was. Seeds come first: a budget that
-ends early leaves a whole table of fewer seeds. All of them try every rate: which one is best on
-held-out classes differs from seed to seed, and the mean over the seeds chooses. A rate that is
-behind by more than chance explains is given up, and the seeds to come do not try it.
+ends early leaves a whole table of fewer seeds. They try every rate that is not clearly behind the
+best: which one that is on held-out classes differs from seed to seed, and the mean over the seeds
+chooses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
 from abe.report.reproduced import draw
-from abe.results import append_record, is_baseline, read_records
+from abe.results import append_record, best_rate, is_baseline, read_records
 from abe.runtime import (
     autocast,
     choose_device,
@@ -91,6 +90,7 @@ class Reproduction:
     seeds: int = 3
     splits: Splits = field(init=False)
     _gflops: dict[Arm, float] = field(init=False, default_factory=dict)
+    _speeds: list[float] = field(init=False, default_factory=list)  # GFLOP a second, of the last
 
     def __post_init__(self) -> None:
         base = self.scale.base
@@ -107,17 +107,7 @@ class Reproduction:
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those that have no line yet, did not diverge, and are of no rate that is given up."""
-        done = {r["config_digest"]: r for r in self._records() if not is_baseline(r)}
-        given_up = self._given_up(runs, done)
-        return [
-            run
-            for run in runs
-            if not (
-                run.config.digest in done
-                or self._diverged(run.config.digest)
-                or (run.arm.name, run.config.train.lr) in given_up
-            )
-        ]
+        return self._left(runs)["missing"]
 
     def train(self, experiment: Experiment, budget: float | None, go_on: str) -> bool:
         """Train what is missing of an experiment, and add a line for each.
@@ -136,7 +126,6 @@ class Reproduction:
             InputError: as `Trainer` does.
         """
         began = time.monotonic()
-        speed: list[float] = []  # GFLOP a second, of the runs so far
         seen: set[str] = set()  # by this process
         runs = self.plan(experiment)
         while True:
@@ -145,9 +134,9 @@ class Reproduction:
                 return True
             run, config = missing[0], missing[0].config
             if budget is not None:
-                speed = speed or [self.speed()]
-                needed = run.gflop / statistics.median(speed)
-                left = budget - (time.monotonic() - began)
+                self._speeds = self._speeds or [self.speed()]
+                needed = run.gflop / statistics.median(self._speeds)
+                left = max(0.0, budget - (time.monotonic() - began))
                 if needed > left:
                     self.console.print(
                         f"{run.arm.name} takes about {_minutes(needed)}, and {_minutes(left)} of "
@@ -179,7 +168,8 @@ class Reproduction:
             if self.missing([run]):  # or another process has scored it meanwhile
                 append_record(self.results, record)
             if not begun:
-                speed = [*speed, run.gflop / (time.monotonic() - started)][-5:]
+                speed = run.gflop / (time.monotonic() - started)
+                self._speeds = [*self._speeds, speed][-5:]
 
     def score_baselines(self) -> None:
         """Raw pixels and the pretrained start, if they have no line."""
@@ -217,7 +207,13 @@ class Reproduction:
         values = [values_of(experiment, row, data, base) for row in rows]
         stem = self.folder / f"{name}-{data.replace(' ', '-')}-{self.scale_name}"
         files = [stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")]
-        missing = len(self.missing(runs))
+        left = self._left(runs)
+        notes = {
+            "missing": f"{len(left['missing'])} of {len(runs)} runs are missing.",
+            "diverged": f"{len(left['diverged'])} of {len(runs)} runs diverged.",
+            "given up": f"{len(left['given up'])} of {len(runs)} runs are not needed: with other "
+            "seeds their rates were clearly behind on held-out classes.",
+        }
         text = [
             f"# {name}: {experiment.title}",
             f"{data}, in percent, with the 95 % interval over seeds and queries; what is said to "
@@ -226,7 +222,7 @@ class Reproduction:
             * (not experiment.tuned),
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
-            f"{missing} of {len(runs)} runs are missing." if missing else "",
+            *(note for state, note in notes.items() if left[state]),
             "Cut from the paper's setting: "
             + ("; ".join(self.cuts(experiment)) or "nothing")
             + ".",
@@ -284,26 +280,42 @@ class Reproduction:
         first = self.scale.base.seed
         return range(first, first + self.seeds)
 
-    def _given_up(
-        self, runs: Sequence[Run], done: Mapping[str, dict[str, Any]]
-    ) -> set[tuple[str, float]]:
-        """Arms' names and rates that are clearly behind another on held-out classes.
-
-        Each two by the seeds that both have, as `summarize` chooses.
-        """
-        tried: dict[str, dict[float, dict[int, float]]] = {}
-        for run in runs:
-            if (record := done.get(run.config.digest)) is not None:
+    def _left(self, runs: Sequence[Run]) -> dict[str, list[Run]]:
+        """The runs that have no line: "missing", "diverged", or of a rate that is "given up"."""
+        recalls = {
+            record["config_digest"]: record["selection_recall@1"] or 0.0
+            for record in self._records()
+            if not is_baseline(record)
+        }
+        digests = [run.config.digest for run in runs]
+        left = set(digests) - recalls.keys()
+        diverged = {digest for digest in left if self._diverged(digest)}
+        recalls |= dict.fromkeys(diverged, 0.0)
+        tried: dict[str, dict[float, dict[int, float]]] = {}  # arm -> rate -> seed -> Recall@1
+        for run, digest in zip(runs, digests, strict=True):
+            if digest in recalls:
                 of_rate = tried.setdefault(run.arm.name, {}).setdefault(run.config.train.lr, {})
-                of_rate[run.config.seed] = record["selection_recall@1"]
-        given_up = set()
-        for arm, by_rate in tried.items():
-            for rate, other in permutations(by_rate, 2):
-                shared = sorted(by_rate[rate].keys() & by_rate[other].keys())
-                own, others = ([by_rate[each][seed] for seed in shared] for each in (rate, other))
-                if shared and is_behind(own, others, len(self.splits.select)):
-                    given_up.add((arm, rate))
-        return given_up
+                of_rate[run.config.seed] = recalls[digest]
+        behind = {(arm, rate) for arm, rates in tried.items() for rate in self._behind(rates)}
+        found: dict[str, list[Run]] = {"missing": [], "diverged": [], "given up": []}
+        for run, digest in zip(runs, digests, strict=True):
+            if digest in diverged:
+                found["diverged"].append(run)
+            elif digest in left:
+                late = (run.arm.name, run.config.train.lr) in behind
+                found["given up" if late else "missing"].append(run)
+        return found
+
+    def _behind(self, by_rate: Mapping[float, Mapping[int, float]]) -> list[float]:
+        """The rates that are clearly behind the best on held-out classes, by common seeds."""
+        best, queries = best_rate(by_rate), len(self.splits.select)
+        found = []
+        for rate, recalls in by_rate.items():
+            shared = sorted(recalls.keys() & by_rate[best].keys())
+            own, others = ([by_rate[each][seed] for seed in shared] for each in (rate, best))
+            if shared and is_behind(own, others, queries):
+                found.append(rate)
+        return found
 
     def _configs(self, arm: Arm, rates: Sequence[float], seed: int) -> list[Config]:
         """One at each rate."""
@@ -394,7 +406,7 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
             total += seconds
             rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)
             table.add_row(name, run.arm.name, rate, seed, _minutes(seconds))
-    table.caption = f"{len(listed)} runs, about {_minutes(total)} in all"
+    table.caption = f"at most {len(listed)} runs, about {_minutes(total)} in all"
     return table
 
 

@@ -306,7 +306,12 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     summaries = []
     for by_seed in groups.values():
         by_rate = {rate: [runs[seed] for seed in sorted(runs)] for rate, runs in by_seed.items()}
-        best = _best_rate(by_seed)
+        best = best_rate(
+            {
+                rate: {seed: run["selection_recall@1"] or 0.0 for seed, run in runs.items()}
+                for rate, runs in by_seed.items()
+            }
+        )
         values = [_scores(record) for record in by_rate[best]]
         names = [name for name in values[0] if all(name in value for value in values)]
         columns = {name: [value[name] for value in values] for name in names}
@@ -339,7 +344,12 @@ def weights_name(weights: dict[str, str] | None) -> str:
     """What to call a pretrained start: its file, and the first digits of its hash."""
     if weights is None:
         return RANDOM
-    return f"{PurePath(weights['source']).name} {weights['sha256'][:12]}"
+    return f"{start_name(weights)} {weights['sha256'][:12]}"
+
+
+def start_name(weights: dict[str, str] | None) -> str:
+    """The file of a pretrained start, or the name that it is known by."""
+    return RANDOM if weights is None else PurePath(weights["source"]).name
 
 
 def is_baseline(record: dict[str, Any]) -> bool:
@@ -347,19 +357,19 @@ def is_baseline(record: dict[str, Any]) -> bool:
     return record["selected_step"] is None
 
 
-def _best_rate(by_rate: Mapping[float, Mapping[int, dict[str, Any]]]) -> float:
+def best_rate(by_rate: Mapping[float, Mapping[int, float]]) -> float:
     """Which rate is best on held-out classes, each two by the seeds that they have in common.
 
     That with the most seeds is beaten by another that some of them have tried, even if others have
     not yet: what is said of the method then is of fewer seeds.
+
+    Args:
+        by_rate: Recall@1 on held-out classes by rate and seed.
     """
     best, *others = sorted(by_rate, key=lambda rate: -len(by_rate[rate]))
     for rate in others:
         shared = by_rate[rate].keys() & by_rate[best].keys()
-        own, before = (
-            sum(by_rate[each][seed]["selection_recall@1"] or 0 for seed in shared)
-            for each in (rate, best)
-        )
+        own, before = (sum(by_rate[each][seed] for seed in shared) for each in (rate, best))
         best = rate if own > before else best
     return best
 

@@ -52,8 +52,8 @@ from abe.results import (
     markdown_table,
     method_name,
     schedule,
+    start_name,
     summarize,
-    weights_name,
 )
 from abe.start import build_model
 
@@ -355,7 +355,9 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
         name: [told for group in groups for told in _judged_claims(experiment, group)]
         for name, experiment in EXPERIMENTS.items()
     }
-    lines += ["\n## In short\n", _in_short(told for each in all_told.values() for told in each)]
+    if short := [told for each in all_told.values() for told in each]:
+        lines += ["\n## In short\n", "Verdicts, and the differences without their intervals.\n"]
+        lines += _in_short(short)
     for name, experiment in EXPERIMENTS.items():
         run = {told.claim for told in all_told[name]}
         of_scales = [scale.learners for scale in (full(), small(True))]
@@ -382,7 +384,7 @@ def select(
     Args:
         records: of a results file.
         names: experiments whose arms the runs are of, at either scale, in the order of the arms;
-            none for all runs.
+            none for all runs. Lines of early versions, without each query's hit, are of none.
         start: name of the weights that the runs began with; None for any.
 
     Raises:
@@ -390,8 +392,13 @@ def select(
     """
     records = list(records)
     runs = [record for record in records if not is_baseline(record)]
+    known = sorted({start_name(run["weights"]) for run in runs})
     if start is not None:
-        runs = [run for run in runs if _start_name(run) == start]
+        runs = [run for run in runs if start_name(run["weights"]) == start]
+        if not runs:
+            raise InputError(
+                f"no run began with {start!r}: there are runs from {', '.join(known) or 'nothing'}"
+            )
     if names:
         experiments = [each for name in names for each in get_experiments(name).values()]
         of_arms = {
@@ -403,25 +410,22 @@ def select(
             for run in found
         }
         runs = list(of_arms.values())
-    if not runs:
-        known = sorted({_start_name(record) for record in records if not is_baseline(record)})
-        raise InputError(
-            f"no run of {', '.join(names) or 'any experiment'} from {start or 'any start'}: "
-            f"the file has runs from {', '.join(known) or 'none'}"
-        )
-    images = [run["data"] for run in runs]
-    starts = {RANDOM, *map(_start_name, runs)}
+        if not runs:
+            raise InputError(
+                f"no run is of {', '.join(names)} at either scale: `abe reproduce` makes them"
+            )
+    shown = [(*_images(run), start) for run in runs for start in (RANDOM, run["weights"])]
     baselines = [
         record
         for record in filter(is_baseline, records)
-        if record["data"] in images and _start_name(record) in starts
+        if (*_images(record), record["weights"] or RANDOM) in shown
     ]
     return baselines + runs
 
 
-def _start_name(record: dict[str, Any]) -> str:
-    """What weights a network began with, without their hash."""
-    return weights_name(record["weights"]).split()[0] if record["weights"] else RANDOM
+def _images(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result is of, its method apart: see `markdown_table`."""
+    return record["data"], record["protocol"], record["config"]["data"]["crop"]
 
 
 def _by_images_and_start(
@@ -492,16 +496,14 @@ class _Told:
         return self.judged.claim
 
     @property
-    def images(self) -> str:
-        """The images, the scale and the start: "birds at 96 px, `small`, from start.pth"."""
-        name, crop = self.runs[0]["data"]["name"], self.runs[0]["config"]["data"]["crop"]
-        return f"{name} at {crop} px, `{self.scale}`, from {_start_name(self.runs[0])}"
+    def setting(self) -> str:
+        """The images, the scale and how the networks were trained."""
+        return f"{data_title(self.runs[0]['data'])}, `{self.scale}`: {schedule(self.runs[0])}"
 
     @property
     def line(self) -> str:
-        setting = f"{data_title(self.runs[0]['data'])}, `{self.scale}`: {schedule(self.runs[0])}"
         judged = self.judged
-        cells = str(self.claim), self.theirs, setting, judged.shown, f"**{judged.verdict}**"
+        cells = str(self.claim), self.theirs, self.setting, judged.shown, f"**{judged.verdict}**"
         return f"| {' | '.join((*cells, _stamps(self.runs)))} |"
 
 
@@ -523,24 +525,27 @@ def _judged_claims(
     return told
 
 
-def _in_short(told: Iterable[_Told]) -> str:
-    """Each claim that was tried in a line, with a column for each images and start."""
-    by_claim: dict[Claim, dict[str, str]] = {}
-    theirs: dict[Claim, str] = {}
+def _in_short(told: Iterable[_Told]) -> list[str]:
+    """Each claim that was tried in a line, with a column for each images, scale and start."""
+    by_claim: dict[Claim, dict[tuple[str, str], str]] = {}
     for each in told:
+        column = each.setting, each.runs[0]["images_digest"]
         verdict = each.judged.verdict.partition(",")[0]
-        by_claim.setdefault(each.claim, {})[each.images] = f"{verdict} {each.judged.mean}"
-        theirs[each.claim] = theirs.get(each.claim) or each.theirs
-    columns = sorted({images for cells in by_claim.values() for images in cells})
-    lines = [
-        f"| claim | the paper's | {' | '.join(columns)} |",
-        f"|---|--:|{'---|' * len(columns)}",
+        by_claim.setdefault(each.claim, {})[column] = f"{verdict} {each.judged.mean}"
+    columns = {
+        column: chr(ord("A") + number)
+        for number, column in enumerate(sorted({c for cells in by_claim.values() for c in cells}))
+    }
+    return [
+        *(f"- {name}: {setting}; images {images}" for (setting, images), name in columns.items()),
+        "",
+        f"| claim | {' | '.join(columns.values())} |",
+        f"|---|{'---|' * len(columns)}",
+        *(
+            f"| {claim} | {' | '.join(cells.get(column, '') for column in columns)} |"
+            for claim, cells in by_claim.items()
+        ),
     ]
-    lines += [
-        f"| {claim} | {theirs[claim]} | {' | '.join(cells.get(name, '') for name in columns)} |"
-        for claim, cells in by_claim.items()
-    ]
-    return "\n".join(lines)
 
 
 def _key(config: Config) -> str:
