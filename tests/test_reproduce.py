@@ -292,9 +292,11 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
         assert stamp in line
     for runs in found.values():
         assert all(f"`{r['config_digest']}`" in line for r in runs)
-    assert "not run here: `abe reproduce table6" in page
+    assert "not run here: `abe reproduce table6 --scale small --data sop --root FOLDER`" in page
     judged = [line for line in page.partition("## All results")[0].splitlines() if "**" in line]
-    assert len(judged) == 5  # those of table 2, and one of them again with fig5
+    assert len(judged) == 4  # those of table 2; fig5 has one of them too
+    (again,) = [line for line in page.splitlines() if line.endswith("| as under table2 | |")]
+    assert again.startswith(f"| {EXPERIMENTS['table2'].claims(4)[1]} |")
 
 
 def test_an_ensemble_is_set_beside_its_own_learners() -> None:
@@ -333,6 +335,23 @@ def test_each_start_and_images_have_a_column_and_stamps_are_told() -> None:
         if f"{EXPERIMENTS['table2'].claims(4)[0]} |" in text
     ]
     assert line.count("shown +") == 4
+
+
+def test_tables_of_a_benchmark_are_of_no_other_images() -> None:
+    arms = {arm.name: arm for arm in EXPERIMENTS["table6"].arms(4)}
+    claim, _ = EXPERIMENTS["table6"].claims(4)
+    runs = [
+        record(arms[name], seed, [True, name == claim.more] * 8)
+        for name in (claim.more, claim.less)
+        for seed in range(3)
+    ]
+    of_products = [
+        run | {"data": run["data"] | {"name": find_benchmark("sop").title}} for run in runs
+    ]
+    for records, told in ((runs, "not run here"), (of_products, "as under table1")):
+        section = results_page(records).partition("## table6")[2].partition("## table7")[0]
+        (line,) = [line for line in section.splitlines() if line.startswith(f"| {claim} | +0.5 |")]
+        assert told in line
 
 
 def test_a_page_of_nothing_judged_has_no_columns() -> None:

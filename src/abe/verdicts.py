@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from abe.config import Config
+from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError
 from abe.experiments import (
     EXPERIMENTS,
@@ -358,20 +359,10 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     if short := [told for each in all_told.values() for told in each]:
         lines += ["\n## In short\n", "Verdicts, and the differences without their intervals.\n"]
         lines += _in_short(short)
+    first: dict[Claim, str] = {}
     for name, experiment in EXPERIMENTS.items():
-        run = {told.claim for told in all_told[name]}
-        of_scales = [scale.learners for scale in (full(), small(True))]
-        learners = next((n for n in of_scales if run & set(experiment.claims(n))), of_scales[-1])
-        command = f"abe reproduce {name} --scale small --data FOLDER"
-        section = [told.line for told in all_told[name]]
-        section += [
-            f"| {claim} | {papers_difference(experiment, claim, learners, '')} | | | "
-            f"not run here: `{command}` | |"
-            for claim in experiment.claims(learners)
-            if claim not in run
-        ]
-        lines += [f"\n## {name}: {experiment.title}\n"]
-        lines += [_CLAIMS_HEAD, *section] if section else [f"A picture, no figures: `{command}`."]
+        lines += [f"\n## {name}: {experiment.title}\n", *_section(name, all_told[name], first)]
+        first |= {told.claim: name for told in all_told[name] if told.claim not in first}
     lines += ["\n## All results\n", markdown_table(summarize(records))]
     return "\n".join(lines) + "\n"
 
@@ -443,6 +434,30 @@ def _by_images_and_start(
     return list(groups.values())
 
 
+def _section(name: str, all_told: Sequence[_Told], first: Mapping[Claim, str]) -> list[str]:
+    """What is told of the claims of an experiment, but for those that another one has told."""
+    experiment = EXPERIMENTS[name]
+    by_claim: dict[Claim, list[_Told]] = {}
+    for told in all_told:
+        by_claim.setdefault(told.claim, []).append(told)
+    of_scales = [scale.learners for scale in (full(), small(True))]
+    learners = next((n for n in of_scales if by_claim.keys() & experiment.claims(n)), of_scales[-1])
+    images = "FOLDER" if experiment.anywhere else f"{experiment.benchmarks[0]} --root FOLDER"
+    command = f"`abe reproduce {name} --scale small --data {images}`"
+    claims = dict.fromkeys([*experiment.claims(learners), *by_claim])
+    if not claims:
+        return [f"A picture, no figures: {command}."]
+    lines = [_CLAIMS_HEAD]
+    for claim in claims:
+        if claim in by_claim and claim not in first:
+            lines += [told.line for told in by_claim[claim]]
+        else:
+            where = f"as under {first[claim]}" if claim in by_claim else f"not run here: {command}"
+            theirs = papers_difference(experiment, claim, learners, "")
+            lines.append(f"| {claim} | {theirs} | | | {where} | |")
+    return lines
+
+
 _PAGE_HEAD = """# Results
 
 Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and from
@@ -511,7 +526,10 @@ def _judged_claims(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
 ) -> list[_Told]:
     """The claims that runs on the same images, by `_key`, say something of, at either scale."""
-    told = []
+    told: list[_Told] = []
+    titles = [find_benchmark(name).title for name in experiment.benchmarks]
+    if not (experiment.anywhere or next(iter(by_key.values()))[0]["data"]["name"] in titles):
+        return told
     for name, scale, own in _of_scales(experiment, by_key):
         rows = rows_of(experiment.arms(scale.learners), own)
         for claim in experiment.claims(scale.learners):
