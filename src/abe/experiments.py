@@ -167,6 +167,11 @@ def _against_heads_claims(most: int) -> tuple[Claim, ...]:
             Claim(more, less, quantity="learners' recall@1")
             for less, more in pairwise(["ABE-1^64", "ABE-2^128", "ABE-4^256", "ABE-8^512"])
         ),
+        *(
+            Claim(name, name, against="learners' recall@1")
+            for m in (2, 4, 8)
+            for name in (f"ABE-{m}^512", f"{m}-heads^512")
+        ),
     )
 
 
@@ -302,9 +307,22 @@ def _losses(most: int) -> tuple[Arm, ...]:
 
 
 def _losses_claims(most: int) -> tuple[Claim, ...]:
+    """ABE-M above 1-head with each, and for both what a change from the first way gives."""
     ensemble, single = abe(most).name, heads(1).name
     ways = [arm.name.partition(", ")[2] for arm in _losses(most)[: 3 + len(_LOSSES)]]
-    return tuple(Claim(f"{ensemble}, {way}", f"{single}, {way}") for way in ways)
+    first, printed, pairs, *losses = ways
+    return (
+        *(Claim(f"{ensemble}, {way}", f"{single}, {way}") for way in ways),
+        *(
+            Claim(f"{network}, {more}", f"{network}, {less}")
+            for more, less in (
+                (first, printed),
+                (first, pairs),
+                *((loss, first) for loss in losses),
+            )
+            for network in (ensemble, single)
+        ),
+    )
 
 
 def _protocols(most: int) -> tuple[Arm, ...]:
