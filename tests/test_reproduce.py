@@ -538,6 +538,17 @@ def test_the_best_rate_is_not_given_up_because_of_one_that_is(planned: Reproduct
     assert left_of(planned, arm) == [(0.01, 7), (0.03, 7)]
 
 
+def test_some_rows_are_run_and_all_are_shown(planned: Reproduction) -> None:
+    chosen, other = (arm.name for arm in EXPERIMENTS["table2"].arms(2))
+    has_found(planned, other, {(0.01, 5): 0.5})
+    planned.rows = [chosen]
+    assert len(left_of(planned, chosen)) == 6
+    assert left_of(planned, other) == []
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert f"| {other} | 1 |" in table.read_text()
+    assert "11 of 12 runs are missing." in table.read_text()
+
+
 def test_a_rate_that_diverged_is_behind_those_that_did_not(planned: Reproduction) -> None:
     arm = EXPERIMENTS["table2"].arms(2)[0].name
     has_found(planned, arm, {(0.01, 5): 0.9, (0.3, 5): None})
@@ -743,6 +754,7 @@ def test_ours_and_the_papers_are_drawn_on_axes_of_their_own(
         (["table1", "--data=nowhere"], "nowhere"),
         (["table1", "table6", "--root=data"], "several benchmarks: --data cars196 or sop"),
         (["fig7", "--rate=0.1"], "--rate: fig7 varies another setting"),
+        (["table2", "--row=ABE-3"], "--row ABE-3: the rows are ABE-4^512; ABE-4^512 without L_div"),
     ],
 )
 def test_errors(tmp_path: Path, given: list[str], message: str) -> None:

@@ -486,6 +486,10 @@ def reproduce(
         Literal["full", "small"],
         typer.Option(help="full: the paper's setting, for a GPU; small: cut to fit a laptop."),
     ] = "small",
+    rows: Annotated[
+        list[str] | None,
+        typer.Option("--row", metavar="ROW", help="Run only this row, e.g. ABE-4^512. Repeatable."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 3,
     rates: Annotated[
         list[float] | None,
@@ -549,6 +553,9 @@ def reproduce(
             "--set train.lr=RATE changes it"
         )
     chosen = full() if scale == "full" else small(data is not None)
+    known = {arm.name: None for each in experiments.values() for arm in each.arms(chosen.learners)}
+    if unknown := [row for row in rows or () if row not in known]:
+        raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(known)}")
     settings = _settings(
         overrides,
         data=data,
@@ -561,7 +568,7 @@ def reproduce(
     base = chosen.base.with_overrides(settings)
     chosen = replace(chosen, base=base, rates=tuple(rates or chosen.rates))
     results.parent.mkdir(parents=True, exist_ok=True)
-    whole = Reproduction(chosen, scale, results, folder, err, seeds)
+    whole = Reproduction(chosen, scale, results, folder, err, seeds, rows)
     if dry:
         out.print(dry_run(whole, experiments))
         return

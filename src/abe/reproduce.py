@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Reproduction:
         folder: for run folders, tables and pictures.
         console: where to report progress.
         seeds: how many, from the base's on.
+        rows: names of the arms to run; the others are shown as they are. None for all.
     """
 
     scale: Scale
@@ -88,6 +89,7 @@ class Reproduction:
     folder: Path
     console: Console
     seeds: int = 3
+    rows: Collection[str] | None = None
     splits: Splits = field(init=False)
     _gflops: dict[Arm, float] = field(init=False, default_factory=dict)
     _speeds: list[float] = field(init=False, default_factory=list)  # GFLOP a second, of the last
@@ -106,8 +108,9 @@ class Reproduction:
         ]
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Those that have no line yet, did not diverge, and are of no rate that is given up."""
-        return self._left(runs)["missing"]
+        """Those to run: without a line, not diverged, and of no rate that is given up."""
+        left = self._left(runs)["missing"]
+        return [run for run in left if self.rows is None or run.arm.name in self.rows]
 
     def train(self, experiment: Experiment, budget: float | None, go_on: str) -> bool:
         """Train what is missing of an experiment, and add a line for each.
