@@ -1,11 +1,17 @@
 """Intervals cover what they should, pair what is paired, and verdicts follow from them."""
 
+import statistics
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from abe.intervals import (
     Interval,
     bootstrap,
+    crossed,
     does_not_exceed,
     exceeds,
     is_behind,
@@ -29,22 +35,50 @@ def test_bootstrap_is_that_of_loops() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "of_seeds", "least", "most"),
-    [(8, 0.05, 0.85, 0.99), (3, 0.02, 0.85, 0.99), (3, 0.5, 0.65, 0.85)],
-    ids=["8 seeds", "3 seeds that differ as much as queries do", "3 seeds that decide"],
+    ("interval", "seeds", "of_seeds", "least", "most"),
+    [
+        (bootstrap, 8, 0.05, 0.85, 0.99),
+        (bootstrap, 3, 0.02, 0.85, 0.99),  # seeds differ as much as queries do
+        (bootstrap, 3, 0.5, 0.65, 0.85),  # seeds decide: too narrow
+        (crossed, 8, 0.05, 0.92, 0.99),
+        (crossed, 3, 0.0, 0.92, 0.99),
+        (crossed, 3, 0.02, 0.92, 0.99),
+        (crossed, 3, 0.5, 0.92, 0.98),
+    ],
 )
 def test_how_often_intervals_cover_the_mean(
-    seeds: int, of_seeds: float, least: float, most: float
+    interval: Callable[[NDArray[np.float64]], Interval],
+    seeds: int,
+    of_seeds: float,
+    least: float,
+    most: float,
 ) -> None:
-    """As often as they say, but where few seeds decide alone."""
+    """As often as they say, but for the bootstrap where few seeds decide alone."""
     generator = np.random.default_rng(0)
     covered = 0
-    for _ in range(200):
+    for _ in range(400):
         by_seed = of_seeds * generator.standard_normal((seeds, 1))
         by_query = 0.2 * generator.standard_normal((1, 100))
-        found = bootstrap(0.5 + by_seed + by_query + 0.1 * generator.standard_normal((seeds, 100)))
+        found = interval(0.5 + by_seed + by_query + 0.1 * generator.standard_normal((seeds, 100)))
         covered += found.low <= 0.5 <= found.high
-    assert least <= covered / 200 <= most
+    assert least <= covered / 400 <= most
+
+
+def test_the_interval_of_crossed_seeds_and_queries_is_that_of_loops() -> None:
+    values = np.random.default_rng(0).random((3, 5))
+    seeds = [statistics.fmean(row) for row in values.tolist()]
+    queries = [statistics.fmean(column) for column in values.T.tolist()]
+    parts = [(statistics.variance(seeds) / 3, 2), (statistics.variance(queries) / 5, 4)]
+    variance = parts[0][0] + parts[1][0]
+    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
+    margin = student_t.ppf(0.975, degrees) * variance**0.5
+    found = crossed(values)
+    mean = statistics.fmean(seeds)
+    assert (found.low, found.high) == pytest.approx((mean - margin, mean + margin))
+    one = crossed(values[:1])
+    margin = student_t.ppf(0.975, 4) * (statistics.variance(values[0].tolist()) / 5) ** 0.5
+    assert one.high - one.mean == pytest.approx(margin)
+    assert crossed(np.zeros((3, 5))) == Interval(0.0, 0.0, 0.0)
 
 
 def test_one_seed_and_many_queries_go_in_blocks() -> None:

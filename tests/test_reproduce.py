@@ -206,6 +206,21 @@ def test_three_seeds_decide_a_claim() -> None:
     assert judge(claim, rows_of(arms, {})).verdict == "not run"
 
 
+def test_three_seeds_that_differ_widely_show_nothing_though_their_bootstrap_would() -> None:
+    arms, claim = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)[0]
+    records: dict[str, list[Any]] = {arm.name: [] for arm in arms}
+    for seed, gained in enumerate((10, 40, 120)):
+        for arm, hits in zip(arms, (100 + gained, 100), strict=True):
+            records[arm.name].append(record(arm, seed, np.arange(400) < hits))
+    judged = judge(claim, rows_of(arms, records))
+    assert judged.bootstrapped is not None
+    assert judged.difference is not None
+    assert judged.bootstrapped.low > 0 > judged.difference.low
+    assert judged.verdict == "not shown"
+    assert judged.shown.startswith("+14.2 [-")
+    assert "3 seeds (bootstrap [+" in judged.shown
+
+
 def test_what_test_images_pick_is_compared_within_a_run() -> None:
     arms, (claim, _) = EXPERIMENTS["protocol"].arms(4), EXPERIMENTS["protocol"].claims(4)
     runs = [record(arms[0], seed, [True, False]) for seed in range(4)]
