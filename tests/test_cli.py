@@ -198,6 +198,12 @@ def test_eval_report_and_results_follow_it(
     assert table.stdout.strip() in page.read_text()
     assert page.read_text().startswith("above\n")
     assert page.read_text().endswith("\nbelow\n")
+    own = ["results", "runs/runs.jsonl"]
+    start = abe(*own, "--start", "random weights", folder=folder)
+    assert start.stdout == table.stdout
+    both = abe(*own, "--page", "claims.md", "--of", "table1", folder=folder)
+    assert (both.returncode, "leave out --of and --start" in both.stderr) == (2, True)
+    assert not (folder / "claims.md").exists()
 
 
 def test_a_place_for_results_that_cannot_be_written_is_told_before_training(

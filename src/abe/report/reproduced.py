@@ -22,7 +22,7 @@ from abe.runtime import replaced
 
 COLOURS = {"positive": "tab:blue", "negative": "tab:red", "self": "tab:green"}  # as in Fig. 5
 _COSTS = {"parameters": 1e6, "MACs": 1e9}  # in which units Fig. 4 has them
-_KINDS = ((("ABE", "ABE-M"), "tab:blue", "o"), (("-head", "M-heads"), "tab:orange", "s"))
+_KINDS = (("ABE", "ABE-M", "tab:blue", "o"), ("-head", "M-heads", "tab:orange", "s"))
 _NEAR: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
 
 
@@ -108,7 +108,7 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
     panels = figure.subplots(len(sources), 2, sharex="col", sharey="row", squeeze=False)
     for (source, found), (left, right) in zip(sources.items(), panels, strict=True):
         for axes, (name, unit) in zip((left, right), _COSTS.items(), strict=True):
-            for (kind, title), colour, marker in _KINDS:
+            for kind, title, colour, marker in _KINDS:
                 line = [row for row in found if kind in row["method"]]
                 recalls = [_recall(row, source) for row in line]
                 axes.errorbar(
