@@ -595,6 +595,16 @@ def test_a_page_has_runs_of_the_recipes_rate_where_one_setting_is_varied() -> No
     assert "**refuted**" in line
 
 
+def test_baselines_are_scored_once_for_all_seeds(planned: Reproduction) -> None:
+    planned.score_baselines()
+    assert [found["method"] for found in read_records(planned.results)] == ["raw pixels"]
+    planned.scale = replace(planned.scale, base=planned.scale.base.with_overrides(["seed=9"]))
+    planned.score_baselines()
+    assert len(read_records(planned.results)) == 1
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert "| raw pixels | 1 |" in table.read_text()
+
+
 def test_what_another_process_trains_is_left_to_it(
     planned: Reproduction, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,7 +176,7 @@ class Reproduction:
 
     def score_baselines(self) -> None:
         """Raw pixels and the pretrained start, if they have no line."""
-        base = self.scale.base
+        base = self._of_baselines
         names = {"raw pixels"} | ({"pretrained start"} if base.model.weights else set())
         own = (r for r in self._records() if is_baseline(r) and r["config_digest"] == base.digest)
         if missing := names - {record["method"] for record in own}:
@@ -193,7 +193,7 @@ class Reproduction:
         """
         runs = self.plan(experiment)
         of_digest = {run.config.digest: run.arm.name for run in runs}
-        of_baselines = self.scale.base.digest
+        of_baselines = self._of_baselines.digest
         records: dict[str, list[dict[str, Any]]] = {}
         baselines: dict[str, Arm] = {}
         for record in self._records():
@@ -277,6 +277,11 @@ class Reproduction:
 
         seconds = statistics.median([step() for _ in range(4)][1:])
         return 6 * count_macs(model, side) * images / 1e9 / seconds
+
+    @property
+    def _of_baselines(self) -> Config:
+        """What is not trained is the same for every seed."""
+        return self.scale.base.with_overrides(["seed=0"])
 
     @property
     def _seeds(self) -> range:
