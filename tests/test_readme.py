@@ -77,10 +77,19 @@ def test_make_targets_exist() -> None:
 def test_results_table_is_that_of_the_recorded_runs(tmp_path: Path) -> None:
     (tmp_path / "results").symlink_to(ROOT / "results")
     text = README.read_text(encoding="utf-8")
-    (command,) = [words for words in commands() if words[:2] == ["abe", "results"]]
+    (command,) = [words for words in commands() if words[1:2] == ["results"]]
     (tmp_path / "README.md").write_text(replace_between(text, "results", ""), encoding="utf-8")
     subprocess.run([ABE, *command[1:]], cwd=tmp_path, check=True)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text, shlex.join(command)
+
+
+def test_intervals_are_those_of_the_results_page() -> None:
+    _, _, said = README.read_text(encoding="utf-8").partition("<!-- results:end -->")
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    told = re.findall(r"(-?\d+\.\d)\s+to\s+(-?\d+\.\d)", said.partition("\n## ")[0])
+    assert told
+    for low, high in told:
+        assert f"[{float(low):+.1f}, {float(high):+.1f}]" in page, f"{low} to {high}: out of date"
 
 
 @pytest.mark.slow
