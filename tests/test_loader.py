@@ -276,14 +276,14 @@ SCRIPT = """
     )
     next(batches)
     interrupts = []
-    default = signal.signal(signal.SIGINT, lambda *event: interrupts.append(event))
+    signal.signal(signal.SIGINT, lambda *event: interrupts.append(event))
     print("ready", flush=True)
     while not interrupts:
         next(batches)
     for _ in range(100):
         next(batches)
     try:
-        signal.signal(signal.SIGINT, default)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell ignores it
         print("went on", flush=True)
         for batch in batches:
             pass

@@ -39,7 +39,7 @@ from abe.start import start
 
 SILENT = Console(quiet=True)
 CLASSES = 4
-EPOCHS = 8
+EPOCHS = 10
 STEPS = 4 * EPOCHS  # 16 of 20 images a class are learned, in batches of 16
 
 
@@ -63,7 +63,8 @@ def configured(photos: Path, **settings: object) -> PretrainConfig:
         "precision": "fp32",
         "epochs": EPOCHS,
         "batch_size": 16,
-        "lr": 0.02,
+        "lr": 0.003,  # on any processor the classes are learned by then: 0.02 left half of them
+        "seed": 1,
         "data": DataConfig(source=str(photos), resize=40, crop=32),
     }
     return PretrainConfig(**values | settings)
@@ -168,7 +169,7 @@ def test_some_images_of_each_class_are_held_out(photos: Path) -> None:
     assert all(set(part.labels) == set(range(CLASSES)) for part in parts)
     files = [{part.describe(index) for index in range(len(part))} for part in parts]
     assert len(files[0] | files[1]) == 20 * CLASSES
-    others = [open_classes(configured(photos, held_out=3, seed=seed)).digest for seed in (0, 1)]
+    others = [open_classes(configured(photos, held_out=3, seed=seed)).digest for seed in (1, 2)]
     assert others[0] == images.digest != others[1]
 
 

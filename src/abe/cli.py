@@ -523,7 +523,7 @@ def reproduce(
     allow_partial: AllowPartial = False,
     overrides: Overrides = None,
 ) -> None:
-    """Repeat tables and figures of the paper on your images, one after the other.
+    """Repeat tables and figures of the paper on your images.
 
     Every row has the same steps and chooses its rate by held-out classes, in the mean over the
     seeds; those of fig7 and protocol have the recipe's. An interrupted or exhausted budget goes on
