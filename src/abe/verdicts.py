@@ -408,7 +408,7 @@ def select(
             raise InputError(
                 f"no run is of {', '.join(names)} at either scale: `abe reproduce` makes them"
             )
-    shown = [(*_images(run), start) for run in runs for start in (RANDOM, run["weights"])]
+    shown = [(*_images(run), weights) for run in runs for weights in (RANDOM, run["weights"])]
     baselines = [
         record
         for record in filter(is_baseline, records)
