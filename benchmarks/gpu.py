@@ -1,19 +1,20 @@
 """A training step of ABE-8 on a GPU, against the usual port and the machine's matrix product.
 
-    python benchmarks/gpu.py [--batch 64] [--crop 224] [--rounds N] [--device cuda]
+    python benchmarks/gpu.py [--batch 64] [--crop 224] [--rounds N] [--device cuda] [--skip SIDE]
 
 The sides are those of `benchmarks/step.py`, with all images on the device: the port in float32
 (without TF32) and under bfloat16 autocast, ours under autocast, ours compiled, and ours as one
 CUDA graph. A step is a forward pass, Eq. 8 and its gradient; the losses have to agree. The sides
 take turns, and times are medians. The rate is that of the network's convolutions and linear layers,
 its share of that of a bfloat16 product of two 8192 x 8192 matrices. `--device cpu` tries all but
-the graph, for who has a GPU for minutes only: with --batch 4 --crop 64. The last line of the
-output is the result as one JSON object, which also goes to benchmarks/gpu.json.
+the graph, for who has a GPU for minutes only: with --batch 4 --crop 64; `--skip ours_bf16_compiled`
+saves its compilation, a minute or more. The last line of the output is the result as one JSON
+object, which also goes to benchmarks/gpu.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -29,29 +30,30 @@ SIDE = 8192  # of the matrices
 REFERENCE = "port_fp32"
 
 
-def sides(device: torch.device, batch: int, crop: int) -> dict[str, Callable[[], Tensor]]:
+def sides(
+    device: torch.device, batch: int, crop: int, skip: Collection[str]
+) -> dict[str, Callable[[], Tensor]]:
     """What each side does in a turn; it gives the loss."""
     model = network().to(device)
     pixels, labels = (part.to(device) for part in photographs(batch, crop))
     images = pixels.contiguous(memory_format=torch.channels_last)
-    port = UsualPort(model).to(device)
     ours = partial(step, images=images, labels=labels, bf16=True)
-    found = {
-        REFERENCE: partial(usual_step, port, pixels, labels, False),
-        "port_bf16": partial(usual_step, port, pixels, labels, True),
-        "port_channels_last_bf16": partial(
-            usual_step,
-            UsualPort(model).to(device, memory_format=torch.channels_last),
-            images,
-            labels,
-            True,
+
+    def port(**memory: torch.memory_format) -> UsualPort:
+        return UsualPort(model).to(device, **memory)
+
+    makers = {
+        REFERENCE: lambda: partial(usual_step, port(), pixels, labels, False),
+        "port_bf16": lambda: partial(usual_step, port(), pixels, labels, True),
+        "port_channels_last_bf16": lambda: partial(
+            usual_step, port(memory_format=torch.channels_last), images, labels, True
         ),
-        "ours_bf16": partial(ours, model),
-        "ours_bf16_compiled": partial(ours, torch.compile(network().to(device))),
+        "ours_bf16": lambda: partial(ours, model),
+        "ours_bf16_compiled": lambda: partial(ours, torch.compile(network().to(device))),
     }
     if device.type == "cuda":
-        found["ours_bf16_graph"] = as_graph(partial(ours, network().to(device)))
-    return found
+        makers["ours_bf16_graph"] = lambda: as_graph(partial(ours, network().to(device)))
+    return {name: make() for name, make in makers.items() if name not in skip}
 
 
 def as_graph(turn: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -78,14 +80,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--crop", type=int, default=224, help="default: %(default)s")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--skip", action="append", default=[], help="a side to leave out")
     options = parser.parse_args()
+    if {REFERENCE, "port_bf16"} & set(options.skip):
+        parser.error("the others are compared with port_fp32 and port_bf16")
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64  # inception blocks are one function of many shapes
 
-    found = sides(device, options.batch, options.crop)
+    found = sides(device, options.batch, options.crop, options.skip)
     side = SIDE if on_gpu else 512
     left, right = torch.randn(2, side, side, device=device).bfloat16()
 
