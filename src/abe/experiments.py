@@ -285,7 +285,7 @@ LAMBDAS = ("0", "0.01", "0.1", "1", "10")
 
 # What a loss is given is the same at both scales; Eq. 10 as printed has the larger gradient.
 _AS_PRINTED = ("train.normalization=per_image", "train.divergence_weight=1")
-_PRINTED_RATES = (1e-4, 3e-4)
+_PRINTED_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 _OTHERWISE = ("train.normalization=balanced", "train.divergence_weight=0.1")
 _RATES = (0.003, 0.01)
 _LOSSES = {
