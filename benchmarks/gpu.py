@@ -3,13 +3,13 @@
     python benchmarks/gpu.py [--batch 64] [--crop 224] [--rounds N] [--device cuda] [--skip SIDE]
 
 The sides are those of `benchmarks/step.py`, with all images on the device: the port in float32
-(without TF32) and under bfloat16 autocast, ours under autocast, ours compiled, and ours as one
-CUDA graph. A step is a forward pass, Eq. 8 and its gradient; the losses have to agree. The sides
-take turns, and times are medians. The rate is that of the network's convolutions and linear layers,
-its share of that of a bfloat16 product of two 8192 x 8192 matrices. `--device cpu` tries all but
-the graph, for who has a GPU for minutes only: with --batch 4 --crop 64; `--skip ours_bf16_compiled`
-saves its compilation, a minute or more. The last line of the output is the result as one JSON
-object, which also goes to benchmarks/gpu.json.
+(without TF32) and under bfloat16 autocast, ours under autocast, and ours compiled. A step is a
+forward pass, Eq. 8 and its gradient; the losses have to agree. The sides take turns, and times are
+medians. The rate is that of the network's convolutions and linear layers, its share of that of a
+bfloat16 product of two 8192 x 8192 matrices. `--device cpu` tries it for who has a GPU for minutes
+only, with --batch 4 --crop 64; `--skip ours_bf16_compiled` saves its compilation, a minute or more.
+The last line of the output is the result as one JSON object, which also goes to
+benchmarks/gpu.json.
 """
 
 from __future__ import annotations
@@ -51,28 +51,7 @@ def sides(
         "ours_bf16": lambda: partial(ours, model),
         "ours_bf16_compiled": lambda: partial(ours, torch.compile(network().to(device))),
     }
-    if device.type == "cuda":
-        makers["ours_bf16_graph"] = lambda: as_graph(partial(ours, network().to(device)))
     return {name: make() for name, make in makers.items() if name not in skip}
-
-
-def as_graph(turn: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same, recorded once and played back without Python."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # as torch asks for: warm-up on a stream of its own
-        for _ in range(3):
-            turn()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = turn()
-
-    def play() -> Tensor:
-        graph.replay()
-        return loss
-
-    return play
 
 
 def main() -> None:
@@ -123,7 +102,7 @@ def main() -> None:
             "of_port_bf16": taken / seconds["port_bf16"],
             "loss": losses[name],
         }
-        if on_gpu and not name.endswith("graph"):  # whose memory was taken when it was recorded
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             found[name]()

@@ -32,9 +32,10 @@ def table(heading: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def machine(name: str, hardware: dict[str, Any]) -> str:
+    gpu = f"{hardware['gpu']} beside " if hardware.get("gpu") else ""
     return (
-        f"`benchmarks/{name}.py`, {hardware['cpu']}, {hardware['threads']} of {hardware['cores']} "
-        f"cores, torch {hardware['torch']}, commit {hardware['commit']}\n"
+        f"`benchmarks/{name}.py`, {gpu}{hardware['cpu']}, {hardware['threads']} of "
+        f"{hardware['cores']} cores, torch {hardware['torch']}, commit {hardware['commit']}\n"
     )
 
 
@@ -116,6 +117,44 @@ def step_memory(memory: dict[str, Any]) -> list[str]:
         " and with cached gradients (`train.chunk_size`); the gradient is the same.\n",
         table(("", "memory above the start", "of the plain step's", "time to it"), rows),
     ]
+
+
+def gpu() -> str:
+    result = read("gpu")
+    names = {
+        "ours_bf16_compiled": "ours, bfloat16, compiled",
+        "ours_bf16": "ours, bfloat16",
+        "port_bf16": "the usual port, bfloat16",
+        "port_channels_last_bf16": "the port, channels last, bfloat16",
+        "port_fp32": "the port, float32 without TF32",
+    }
+    rows = [
+        (
+            title,
+            f"{1000 * found['seconds']:.3g} ms",
+            f"{found['of_port_bf16']:.2f}",
+            f"{found['tflops']:.0f}",
+            f"{100 * found['share_of_product']:.0f} %",
+            f"{found['peak_mb'] / 1000:.1f} GB",
+        )
+        for name, title in names.items()
+        if (found := result.get(name))
+    ]
+    text = (
+        f"ABE-8 at {result['crop']} pixels, batch {result['batch']}, images on the GPU: forward "
+        f"pass, Eq. 8 and its gradient. Product of two bfloat16 matrices of "
+        f"{result['bf16_product_side']:,} rows: {result['bf16_product_tflops']:.0f} TFLOP/s. "
+        "Memory is what a step takes above network and images.\n"
+    )
+    heading = (
+        "",
+        "time",
+        "of the port's in bfloat16",
+        "TFLOP/s",
+        "of the product's rate",
+        "memory",
+    )
+    return section("Training step on a GPU", "gpu", result, text, table(heading, rows))
 
 
 def losses() -> str:
@@ -213,6 +252,7 @@ def page() -> str:
     sections = {
         "recall": recall,
         "step": step,
+        "gpu": gpu,
         "losses": losses,
         "startup": startup,
         "loader": loader,

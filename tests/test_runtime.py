@@ -105,7 +105,7 @@ def test_auto_precision_is_what_the_cpu_multiplies(
     capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda device: True)
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda: True)
     assert choose_precision("auto", CPU) == expected
     assert choose_precision("fp32", CPU) == "fp32"
     assert choose_precision("bf16", CPU) == "bf16"
@@ -113,7 +113,7 @@ def test_auto_precision_is_what_the_cpu_multiplies(
 
 def test_auto_precision_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda device: True)
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda: False)  # of a CPU
     supported = {"including_emulation": False}
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **asked: asked == supported)
     assert choose_precision("auto", cuda) == "bf16"
