@@ -222,7 +222,7 @@ class Reproduction:
             f"{data}, in percent, with the 95 % interval over seeds and queries; what is said to "
             f"be the paper's is of {papers_images(experiment, data)}."
             + f" All rows have the recipe's rate, {base.train.lr:g}."
-            * (not experiment.tuned),
+            * (not experiment.tuned and not any(arm.rates for arm in arms)),
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             *(note for state, note in notes.items() if left[state]),

@@ -492,7 +492,8 @@ def _of_scales(
                 arm.name: [
                     run
                     for run in by_key.get(_key(base.with_overrides(arm.settings)), ())
-                    if experiment.tuned or run["config"]["train"]["lr"] == base.train.lr
+                    if experiment.tuned
+                    or run["config"]["train"]["lr"] in experiment.rates(arm, scale)
                 ]
                 for arm in experiment.arms(scale.learners)
             },
