@@ -30,7 +30,7 @@ from abe.recipes import demo
 from abe.report.reproduced import draw
 from abe.reproduce import Reproduction, Run
 from abe.reproduce import reproduce as run_all
-from abe.results import append_record, method_name, read_records, result_record
+from abe.results import append_record, is_baseline, method_name, read_records, result_record
 from abe.runtime import seconds_of
 from abe.start import build_model
 from abe.train import Trainer
@@ -407,6 +407,28 @@ def test_docs_results_is_made_of_the_results() -> None:
     page = results_page(read_records(ROOT / "results/runs.jsonl"))
     told = "abe results results/runs.jsonl --page docs/results.md"
     assert (ROOT / "docs/results.md").read_text() == page, f"stale: {told}"
+
+
+def test_docs_protocol_tells_how_far_runs_on_two_devices_are_apart() -> None:
+    recalls: dict[str, dict[bool, tuple[str, float]]] = {}
+    for record in read_records(ROOT / "results/runs.jsonl"):
+        if "hits@1" in record["scores"] and not is_baseline(record):
+            settings = json.dumps(
+                [record["images_digest"], record["config"] | {"protocol": None}], sort_keys=True
+            )
+            found = record["environment"]
+            recall = 100 * record["scores"]["ensemble"]["recall@1"]
+            on_gpu = found["gpu"] is not None
+            recalls.setdefault(settings, {})[on_gpu] = found["precision"], recall
+    both = [found for found in recalls.values() if len(found) == 2]
+    apart = [found[True][1] - found[False][1] for found in both]
+    on_gpu = [found[True][0] for found in both]
+    told = (
+        f"of the {len(both)} runs that were made on a CPU in bfloat16 and again on an H200, "
+        f"{on_gpu.count('bf16')} of them in bfloat16, Recall@1 differs by at most "
+        f"{max(map(abs, apart)):.1f} points, and by {abs(np.mean(apart)):.1f} in the mean"
+    )
+    assert told in " ".join((ROOT / "docs/protocol.md").read_text().split())
 
 
 # --- What is run ---
