@@ -1,15 +1,14 @@
 """A training step of ABE-8 on a GPU, against the usual port and the machine's matrix product.
 
-    python benchmarks/gpu.py [--batch 64] [--crop 224] [--rounds N] [--device cuda] [--skip SIDE]
+    python benchmarks/gpu.py [--batch 64] [--crop 224] [--rounds N] [--device cuda] [--compiled]
 
 The sides are those of `benchmarks/step.py`, with all images on the device: the port in float32
-(without TF32) and under bfloat16 autocast, ours under autocast, and ours compiled. A step is a
-forward pass, Eq. 8 and its gradient; the losses have to agree. The sides take turns, and times are
-medians. The rate is that of the network's convolutions and linear layers, its share of that of a
-bfloat16 product of two 8192 x 8192 matrices. `--device cpu` tries it for who has a GPU for minutes
-only, with --batch 4 --crop 64; `--skip ours_bf16_compiled` saves its compilation, a minute or more.
-The last line of the output is the result as one JSON object, which also goes to
-benchmarks/gpu.json.
+(without TF32) and under bfloat16 autocast, ours with TF32 and under autocast, and, at the cost of a
+minute or more, ours compiled. A step is a forward pass, Eq. 8 and its gradient; the losses have to
+agree. The sides take turns, and times are medians. The rate is that of the network's convolutions
+and linear layers, its share of that of a bfloat16 product of two 8192 x 8192 matrices. `--device
+cpu` tries it for who has a GPU for minutes only, with --batch 4 --crop 64. The last line of the
+output is the result as one JSON object, which also goes to benchmarks/gpu.json.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ from abe.model.summary import count_macs
 
 SIDE = 8192  # of the matrices
 REFERENCE = "port_fp32"
+SIDES = (REFERENCE, "port_bf16", "port_channels_last_bf16", "ours_tf32", "ours_bf16")
+COMPILED = "ours_bf16_compiled"
 
 
 def sides(
-    device: torch.device, batch: int, crop: int, skip: Collection[str]
+    device: torch.device, batch: int, crop: int, names: Collection[str]
 ) -> dict[str, Callable[[], Tensor]]:
     """What each side does in a turn; it gives the loss."""
     model = network().to(device)
@@ -48,10 +49,20 @@ def sides(
         "port_channels_last_bf16": lambda: partial(
             usual_step, port(memory_format=torch.channels_last), images, labels, True
         ),
+        "ours_tf32": lambda: partial(in_tf32, partial(step, model, images, labels)),
         "ours_bf16": lambda: partial(ours, model),
-        "ours_bf16_compiled": lambda: partial(ours, torch.compile(network().to(device))),
+        COMPILED: lambda: partial(ours, torch.compile(network().to(device))),
     }
-    return {name: make() for name, make in makers.items() if name not in skip}
+    return {name: makers[name]() for name in names}
+
+
+def in_tf32(turn: Callable[[], Tensor]) -> Tensor:
+    """With the convolutions that PyTorch takes for float32 on a GPU, unless one says otherwise."""
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        return turn()
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def main() -> None:
@@ -59,17 +70,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--crop", type=int, default=224, help="default: %(default)s")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--skip", action="append", default=[], help="a side to leave out")
+    parser.add_argument("--compiled", action="store_true", help="ours by torch.compile as well")
     options = parser.parse_args()
-    if {REFERENCE, "port_bf16"} & set(options.skip):
-        parser.error("the others are compared with port_fp32 and port_bf16")
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64  # inception blocks are one function of many shapes
 
-    found = sides(device, options.batch, options.crop, options.skip)
+    names = [*SIDES, *[COMPILED] * options.compiled]
+    found = sides(device, options.batch, options.crop, names)
     side = SIDE if on_gpu else 512
     left, right = torch.randn(2, side, side, device=device).bfloat16()
 

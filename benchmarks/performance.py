@@ -124,6 +124,7 @@ def gpu() -> str:
     names = {
         "ours_bf16_compiled": "ours, bfloat16, compiled",
         "ours_bf16": "ours, bfloat16",
+        "ours_tf32": "ours, float32 with TF32",
         "port_bf16": "the usual port, bfloat16",
         "port_channels_last_bf16": "the port, channels last, bfloat16",
         "port_fp32": "the port, float32 without TF32",

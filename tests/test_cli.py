@@ -201,6 +201,8 @@ def test_eval_report_and_results_follow_it(
     own = ["results", "runs/runs.jsonl"]
     start = abe(*own, "--start", "random weights", folder=folder)
     assert start.stdout == table.stdout
+    none = abe(*own, "--start", "", folder=folder)
+    assert (none.returncode, "no run began with ''" in none.stderr) == (2, True)
     both = abe(*own, "--page", "claims.md", "--of", "table1", folder=folder)
     assert (both.returncode, "leave out --of and --start" in both.stderr) == (2, True)
     assert not (folder / "claims.md").exists()

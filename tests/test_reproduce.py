@@ -23,7 +23,7 @@ from abe.config import Config
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError, TakenError
 from abe.experiments import EXPERIMENTS, Arm, Claim, Scale, full, get_experiments, small
-from abe.intervals import pack
+from abe.intervals import crossed, pack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
@@ -153,8 +153,15 @@ def test_fig7_is_three_panels_and_unknown_names_have_a_neighbour() -> None:
 # --- What follows from it ---
 
 
-def record(arm: Any, seed: int, hits: Any, cosine: float = 0.5, rate: float = 0.01) -> Any:
-    scale = small(True)
+def record(
+    arm: Any,
+    seed: int,
+    hits: Any,
+    cosine: float = 0.5,
+    rate: float = 0.01,
+    scale: Scale | None = None,
+) -> Any:
+    scale = scale or small(True)
     config = scale.base.with_overrides(
         [*arm.settings, f"seed={seed}", f"train.lr={rate}", "data.source=birds"]
     )
@@ -171,7 +178,7 @@ def record(arm: Any, seed: int, hits: Any, cosine: float = 0.5, rate: float = 0.
         data={"name": "birds", "skipped": 0, "test_images": len(hits), "test_classes": 2}
         | {"train_classes": 2, "select_classes": 2},
         weights={"source": "start", "sha256": "0123456789abcdef"},
-        environment={"commit": "c0ffee"},
+        environment={"commit": "c0ffee", "gpu": None, "precision": "bf16"},
         images_digest="1" * 12,
     )
     return found | {"selected_step": 1, "selection_recall@1": recall}
@@ -283,7 +290,9 @@ def test_rates_are_chosen_by_held_out_classes_and_lines_without_hits_do_not_coun
     assert (values["recall@1"], values["rate"], values["seeds"]) == (0.25, 0.003, 1)
     assert values["rates tried"] == 2
     assert (values["parameters"], values["paper R@1"]) == (10_513_280, 85.2)
-    assert "| 25.0 [0.0, 75.0] | 85.2 |" in markdown([values])
+    interval = crossed(np.array([[1.0, 0, 0, 0]]))  # of the one seed that has the rate
+    told = f"| 25.0 [{100 * interval.low:.1f}, {100 * interval.high:.1f}] | 85.2 |"
+    assert told in markdown([values])
 
 
 def test_the_page_says_of_each_claim_what_it_is_from() -> None:
@@ -301,6 +310,7 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     for stamp in (
         "birds, `small`: 120 steps from start 0123456789ab, of 64 images at 96 px",
         "c0ffee",
+        "CPU bf16",
         "0123456789ab",
         "1" * 12,
     ):
@@ -309,7 +319,7 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
         assert all(f"`{r['config_digest']}`" in line for r in runs)
     assert "not run here: `abe reproduce table6 --scale small --data sop --root FOLDER`" in page
     judged = [line for line in page.partition("## All results")[0].splitlines() if "**" in line]
-    assert len(judged) == 4  # those of table 2; fig5 has one of them too
+    assert len(judged) == 5  # those of table 2, and one of them beside the paper's ABE-4
     (again,) = [line for line in page.splitlines() if line.endswith("| as under table2 | |")]
     assert again.startswith(f"| {EXPERIMENTS['table2'].claims(4)[1]} |")
 
@@ -363,10 +373,54 @@ def test_tables_of_a_benchmark_are_of_no_other_images() -> None:
     of_products = [
         run | {"data": run["data"] | {"name": find_benchmark("sop").title}} for run in runs
     ]
-    for records, told in ((runs, "not run here"), (of_products, "as under table1")):
+    for records, told in ((runs, "not run here"), (of_products, "| **shown** |")):
         section = results_page(records).partition("## table6")[2].partition("## table7")[0]
         (line,) = [line for line in section.splitlines() if line.startswith(f"| {claim} | +0.5 |")]
         assert told in line
+
+
+def test_a_benchmark_stands_beside_the_papers_figures_of_it_wherever_a_claim_is_told() -> None:
+    arms = {arm.name: arm for arm in EXPERIMENTS["table4"].arms(8)}
+    claim = EXPERIMENTS["table4"].claims(8)[0]
+    title = find_benchmark("cub200").title
+    runs = [
+        record(arms[name], seed, [True, name == claim.more] * 8, scale=full())
+        for name in (claim.more, claim.less)
+        for seed in range(3)
+    ]
+    page = results_page([run | {"data": run["data"] | {"name": title}} for run in runs])
+    for name, theirs in (("table1", "+5.7"), ("table4", "+2.2")):
+        section = page.partition(f"## {name}:")[2].partition("\n## ")[0]
+        (line,) = [x for x in section.splitlines() if x.startswith(f"| {claim} |")]
+        assert line.startswith(f"| {claim} | {theirs} | {title}")
+        assert "**shown**" in line
+
+
+def test_a_page_has_runs_of_both_scales() -> None:
+    records = [
+        record(arm, seed, [True, False] * 8, scale=scale)
+        for scale in (full(), small(True))
+        for arm in EXPERIMENTS["fig5"].arms(scale.learners)
+        for seed in range(3)
+    ]
+    page = results_page(records)
+    section = page.partition("## fig5:")[2].partition("\n## ")[0]
+    for network in ("ABE-8^512", "ABE-4^512"):
+        (line,) = [x for x in section.splitlines() if f"above that of {network} |" in x]
+        assert line.endswith("| as under table2 | |")
+    assert page.count("`full`: 10000 steps") > 1
+
+
+def test_networks_that_saw_other_batches_are_said_to_have() -> None:
+    arms = {arm.name: arm for arm in EXPERIMENTS["table8"].arms(4)}
+    claim = EXPERIMENTS["table8"].claims(4)[-1]
+    runs = [record(arms[n], s, [True] * 9) for n in (claim.less, claim.more) for s in range(3)]
+    page = results_page(runs)
+    start = "120 steps from start 0123456789ab, of"
+    told = f"{start} 64 images at 96 px, against {start} 32 images at 96 px"
+    assert f": birds, `small`: {told}; images" in page.partition("| claim |")[0]
+    (_, line) = [x for x in page.splitlines() if x.startswith(f"| {claim} |")]
+    assert f"| birds, `small`: {told} |" in line
 
 
 def test_a_page_of_nothing_judged_has_no_columns() -> None:
@@ -395,6 +449,9 @@ def test_some_experiments_and_a_start_are_selected() -> None:
     everything = [*baselines, *heads, *worse, *better, *elsewhere]
     assert select(everything, ["table2"], "start") == [pixels, start, *better, *worse]
     assert select(everything, start="my start.pth") == [pixels, other_start, *elsewhere]
+    assert select(everything, start=f"my start.pth {'f' * 12}") == select(
+        everything, start="my start.pth"
+    )
     with pytest.raises(InputError, match=r"began with 'my': .* from my start\.pth, start"):
         select(everything, start="my")
     with pytest.raises(InputError, match="no run is of table3 at either scale"):
@@ -494,6 +551,8 @@ def test_a_line_that_was_removed_is_run_alone(table2: Path) -> None:
     (table2 / "results/runs.jsonl").write_text("\n".join([*before[:-2], before[-1]]) + "\n")
     listed = reproduce(table2, "table2", "--dry-run")
     assert "1 runs" in listed.stdout
+    reproduce(table2, "table2", "--dry-run", "--results=new/runs.jsonl")
+    assert not (table2 / "new").exists()
     done = reproduce(table2, "table2")
     assert done.returncode == 0, done.stderr
     assert len(lines(table2)) == len(before)
@@ -813,7 +872,12 @@ def test_ours_and_the_papers_are_drawn_on_axes_of_their_own(
         (["table1", "--budget=soon"], "--budget soon: write a number and s, m or h, as in 30m"),
         (["table1", "--data=nowhere"], "nowhere"),
         (["table1", "table6", "--root=data"], "several benchmarks: --data cars196 or sop"),
-        (["fig7", "--rate=0.1"], "--rate: fig7 varies another setting"),
+        (["fig7", "--rate=0.1"], "--rate: fig7 has the rate of the recipe, which --set train.lr"),
+        (["losses", "--rate=0.1"], "--rate: losses has the rate of the recipe, which --set train"),
+        (
+            ["losses", "table2", "--rate=0.1", "--row=1-head^512, Eq. 10 balanced"],
+            "or rates of its own: leave it out",
+        ),
         (["table2", "--row=ABE-3"], "--row ABE-3: the rows are ABE-4^512; ABE-4^512 without L_div"),
     ],
 )

@@ -408,11 +408,11 @@ def results(
     if page is not None:
         from abe.verdicts import results_page
 
-        if experiments or start:
+        if experiments or start is not None:
             raise InputError("--page has all results: leave out --of and --start")
 
         replace_text(page, results_page(records))
-    if experiments or start:
+    if experiments or start is not None:
         from abe.verdicts import select
 
         records = select(records, experiments or (), start)
@@ -547,15 +547,18 @@ def reproduce(
         data = first
     if scale == "full" and data is None:
         raise InputError(f"--scale full needs photographs: --data {' or '.join(own)} --root FOLDER")
-    if rates and not any(each.tuned for each in experiments.values()):
-        raise InputError(
-            f"--rate: {', '.join(names)} varies another setting and keeps the rate of the recipe: "
-            "--set train.lr=RATE changes it"
-        )
     chosen = full() if scale == "full" else small(data is not None)
-    known = {arm.name: None for each in experiments.values() for arm in each.arms(chosen.learners)}
+    known: dict[str, bool] = {}  # whether a row chooses among the scale's rates
+    for each in experiments.values():
+        for arm in each.arms(chosen.learners):
+            known[arm.name] = known.get(arm.name, False) or (each.tuned and arm.rates is None)
     if unknown := [row for row in rows or () if row not in known]:
         raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(known)}")
+    if rates and not any(known[row] for row in rows or known):
+        raise InputError(
+            f"--rate: {'; '.join(rows or names)} has the rate of the recipe, which --set "
+            "train.lr=RATE changes, or rates of its own: leave it out"
+        )
     settings = _settings(
         overrides,
         data=data,
@@ -567,11 +570,11 @@ def reproduce(
     )
     base = chosen.base.with_overrides(settings)
     chosen = replace(chosen, base=base, rates=tuple(rates or chosen.rates))
-    results.parent.mkdir(parents=True, exist_ok=True)
     whole = Reproduction(chosen, scale, results, folder, err, seeds, rows)
     if dry:
         out.print(dry_run(whole, experiments))
         return
+    results.parent.mkdir(parents=True, exist_ok=True)
 
     def show(files: list[Path]) -> None:
         typer.echo(files[0].read_text(encoding="utf-8"))

@@ -56,21 +56,25 @@ def bootstrap(values: NDArray[Any], seed: int = 0) -> Interval:
 def crossed(values: NDArray[np.float64]) -> Interval:
     """The mean of (S, Q) values, of seeds and queries that were both drawn, by Student's t.
 
-    The variance is that of the seeds' means plus that of the queries', and the degrees of freedom
-    are those of such a sum (Satterthwaite 1946). So few seeds count for what they are, also where
-    the mean varies with the seed alone; what seeds and queries have in common is counted twice,
-    which makes it a little wide. One seed gives that of the queries alone.
+    The wider of two intervals. One has the variance of the seeds' means plus that of the queries',
+    with the degrees of freedom of such a sum (Satterthwaite 1946); what seeds and queries have in
+    common is counted twice. Where the seeds differ most it covers the mean too rarely: the other is
+    that of the seeds' means alone. One seed gives the interval of its queries.
     """
     from scipy.stats import t as student_t  # takes long, and training records hits alone
 
-    means = [values.mean(axis) for axis in (0, 1)]  # of each query, of each seed
+    means = [values.mean(axis) for axis in (1, 0)]  # of each seed, of each query
     parts = [(each.var(ddof=1) / len(each), len(each) - 1) for each in means if len(each) > 1]
     mean, variance = float(values.mean()), float(sum(part for part, _ in parts))
-    if not variance:
-        return Interval(mean, mean, mean)
-    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
-    low, high = student_t.interval(LEVEL, degrees, mean, variance**0.5)
-    return Interval(mean, float(low), float(high))
+    if not parts:
+        return of_means(means[0])
+    margin = 0.0
+    if variance:
+        degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
+        margin = float(student_t.ppf((1 + LEVEL) / 2, degrees)) * variance**0.5
+    if len(values) > 1:
+        margin = max(margin, of_means(means[0]).high - mean)
+    return Interval(mean, mean - margin, mean + margin)
 
 
 def of_means(values: NDArray[np.float64]) -> Interval:

@@ -63,8 +63,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
     """Resolve "auto": bfloat16 autocast where the hardware has it, on a CPU if a trial is faster.
 
-    CUDA GPUs that have it multiply it twice as fast as TF32, and a trial that is short does not
-    tell: what it measures is how long the kernels take to start.
+    A GPU is not tried: it is made to multiply bfloat16 faster, and what a short trial measures
+    there is how long kernels take to start.
     """
     if name != "auto":
         return name

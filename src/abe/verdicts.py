@@ -56,6 +56,7 @@ from abe.results import (
     schedule,
     start_name,
     summarize,
+    weights_name,
 )
 from abe.start import build_model
 
@@ -94,7 +95,7 @@ class Row:
     def interval(self) -> Interval | None:
         """Of Recall@1, over seeds and queries."""
         samples = self.samples("recall@1")
-        return bootstrap(np.stack(list(samples.values()))) if samples else None
+        return crossed(np.stack(list(samples.values()))) if samples else None
 
 
 @dataclass(frozen=True)
@@ -362,10 +363,10 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     if short := [told for each in all_told.values() for told in each]:
         lines += ["\n## In short\n", "Verdicts, and the differences without their intervals.\n"]
         lines += _in_short(short)
-    first: dict[Claim, str] = {}
+    first: dict[str, str] = {}
     for name, experiment in EXPERIMENTS.items():
         lines += [f"\n## {name}: {experiment.title}\n", *_section(name, all_told[name], first)]
-        first |= {told.claim: name for told in all_told[name] if told.claim not in first}
+        first = {told.line: name for told in all_told[name]} | first
     lines += ["\n## All results\n", markdown_table(summarize(records))]
     return "\n".join(lines) + "\n"
 
@@ -379,7 +380,8 @@ def select(
         records: of a results file.
         names: experiments whose arms the runs are of, at either scale, in the order of the arms;
             none for all runs. Lines of early versions, without each query's hit, are of none.
-        start: name of the weights that the runs began with; None for any.
+        start: name of the weights that the runs began with, with or without the digits of their
+            hash; None for any.
 
     Raises:
         InputError: no run is left, or there is no such experiment.
@@ -388,7 +390,8 @@ def select(
     runs = [record for record in records if not is_baseline(record)]
     known = sorted({start_name(run["weights"]) for run in runs})
     if start is not None:
-        runs = [run for run in runs if start_name(run["weights"]) == start]
+        names_of = (start_name, weights_name)
+        runs = [run for run in runs if start in {name(run["weights"]) for name in names_of}]
         if not runs:
             raise InputError(
                 f"no run began with {start!r}: there are runs from {', '.join(known) or 'nothing'}"
@@ -437,8 +440,8 @@ def _by_images_and_start(
     return list(groups.values())
 
 
-def _section(name: str, all_told: Sequence[_Told], first: Mapping[Claim, str]) -> list[str]:
-    """What is told of the claims of an experiment, but for those that another one has told."""
+def _section(name: str, all_told: Sequence[_Told], first: Mapping[str, str]) -> list[str]:
+    """What is told of the claims of an experiment, but for the lines that another one has first."""
     experiment = EXPERIMENTS[name]
     by_claim: dict[Claim, list[_Told]] = {}
     for told in all_told:
@@ -452,12 +455,15 @@ def _section(name: str, all_told: Sequence[_Told], first: Mapping[Claim, str]) -
         return [f"A picture, no figures: {command}."]
     lines = [_CLAIMS_HEAD]
     for claim in claims:
-        if claim in by_claim and claim not in first:
-            lines += [told.line for told in by_claim[claim]]
-        else:
-            where = f"as under {first[claim]}" if claim in by_claim else f"not run here: {command}"
+        if claim not in by_claim:
             theirs = papers_difference(experiment, claim, learners, "")
-            lines.append(f"| {claim} | {theirs} | | | {where} | |")
+            lines.append(f"| {claim} | {theirs} | | | not run here: {command} | |")
+            continue
+        own = by_claim[claim]
+        lines += [told.line for told in own if told.line not in first]
+        if elsewhere := dict.fromkeys(first[told.line] for told in own if told.line in first):
+            where = f"as under {', '.join(elsewhere)}"
+            lines.append(f"| {claim} | {own[0].theirs} | | | {where} | |")
     return lines
 
 
@@ -470,9 +476,11 @@ the two means in points of Recall@1, with its 95 % interval over queries and see
 learners' recall, cosines and what test images pick over seeds, by Student's t. Shown: all of the
 interval is above 0, or for what is said to be similar or not above, within 2 points. Refuted: all
 of it is on the other side. Fewer than 3 seeds leave a claim open. The bootstrap over queries and
-seeds stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. "The
-paper's" is the difference in its own table, in points, on its own images: CUB-200-2011 beside ours
-of CUB, else the last that the table has, mostly CARS-196."""
+seeds stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in
+pairs have the same seed and so the same batches, but not always the same device and precision: the
+last column names these, docs/protocol.md tells how little they decide. "The paper's" is the
+difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB, else the
+last that the table has, mostly CARS-196."""
 _CLAIMS_HEAD = (
     "| claim | the paper's | setting | difference | verdict | runs |\n|---|--:|---|---|---|---|"
 )
@@ -508,6 +516,7 @@ class _Told:
     theirs: str
     scale: str
     runs: Sequence[dict[str, Any]]
+    """Of the network that is said to have more first."""
 
     @property
     def claim(self) -> Claim:
@@ -516,7 +525,8 @@ class _Told:
     @property
     def setting(self) -> str:
         """The images, the scale and how the networks were trained."""
-        return f"{data_title(self.runs[0]['data'])}, `{self.scale}`: {schedule(self.runs[0])}"
+        schedules = ", against ".join(dict.fromkeys(map(schedule, self.runs)))
+        return f"{data_title(self.runs[0]['data'])}, `{self.scale}`: {schedules}"
 
     @property
     def line(self) -> str:
@@ -539,8 +549,9 @@ def _judged_claims(
             judged = judge(claim, rows)
             if judged.difference is None:
                 continue
-            compared = [row for row in rows if row.arm.name in (claim.more, claim.less)]
-            runs = [run for row in compared for run in row.runs_of(judged.pairs)]
+            by_name = {row.arm.name: row for row in rows}
+            compared = dict.fromkeys([claim.more, claim.less])
+            runs = [run for arm in compared for run in by_name[arm].runs_of(judged.pairs)]
             theirs = papers_difference(experiment, claim, scale.learners, runs[0]["data"]["name"])
             told.append(_Told(judged, theirs, name, runs))
     return told
@@ -578,8 +589,12 @@ def _key(config: Config) -> str:
 
 
 def _stamps(records: Sequence[dict[str, Any]]) -> str:
-    """Which configurations, code and images figures are from."""
+    """Which configurations, code, images, devices and precisions figures are from."""
     digests = " ".join(dict.fromkeys(f"`{record['config_digest']}`" for record in records))
     commits = ", ".join(dict.fromkeys(str(r["environment"]["commit"]) for r in records))
     images = ", ".join(dict.fromkeys(str(r.get("images_digest")) for r in records))
-    return f"{digests}; code {commits}; images {images}"
+    found = [record["environment"] for record in records]
+    devices = ", ".join(
+        dict.fromkeys(f"{e.get('gpu') or 'CPU'} {e.get('precision')}" for e in found)
+    )
+    return f"{digests}; code {commits}; images {images}; {devices}"
