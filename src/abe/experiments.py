@@ -312,9 +312,9 @@ DEPTHS = ("1", "2", "3", "4", "5", "6", "7")
 BRANCH_POINTS = ("pool2", "inception_3a", "inception_3b", "pool3", "inception_4a", "inception_4b")
 LAMBDAS = ("0", "0.01", "0.1", "1", "10")
 
-# What a loss is given is the same at both scales. Each has rates around the one that held-out classes
-# chose on CUB-2010: their gradients differ by orders of magnitude. Proxies that are not far faster
-# than the network pull it to where they began.
+# What a loss is given is the same at both scales. Each has rates around the one that held-out
+# classes chose on CUB-2010: their gradients differ by orders of magnitude. Proxies that are not far
+# faster than the network pull it to where they began.
 _AS_PRINTED = ("train.normalization=per_image", "train.divergence_weight=1")
 _PRINTED_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 _PRINTED_RATE = 3e-5  # of them chosen by ABE-4 on CUB-2010
