@@ -115,7 +115,7 @@ CLAIMS = {  # of README's table
 }
 IMAGES = ("CUB-200-2010", "CARS-196 (training half)")
 FIGURES = re.compile(
-    r"^\| .*? \| (\S*) \| .* \| (\S+) \[(\S+), (\S+)\], (\d+) seeds.* \| \*\*([^*]+)\*\* \|"
+    r"^\| .*? \| ([^|]*) \| .* \| (\S+) \[(\S+), (\S+)\], (\d+) seed.* \| \*\*([^*]+)\*\* \|"
 )
 
 
@@ -136,22 +136,28 @@ def in_short(claim: str, page: str) -> str:
         mean, low, high = (f"{float(figure):.1f}" for figure in figures)
         several = f", {seeds} seeds" * (seeds != "3")
         cell = f"{mean} ({low} to {high}{several})"
+        if verdict.startswith("open"):
+            cell = ""
         cells.append({"shown": f"**{cell}**", "refuted": f"refuted: {cell}"}.get(verdict, cell))
     return f"{' | '.join(cells)} | {paper.removeprefix('+')} |"
 
 
 def test_differences_are_those_of_the_results_page() -> None:
-    """Of the table, and each mean in the text with its interval."""
+    """Rows of the table, and what the text says of its column of the paper's figures."""
     _, _, said = README.read_text(encoding="utf-8").partition("<!-- results:end -->")
     said = said.partition("\n## ")[0]
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     rows = [line for line in said.splitlines() if line.startswith("| ABE") or "heads |" in line]
     assert rows == [f"| {told} | {in_short(claim, page)}" for told, claim in CLAIMS.items()]
 
-    told = re.findall(r"(-?\d+\.\d) \((-?\d+\.\d) to (-?\d+\.\d)\b", " ".join(said.split()))
-    assert len(told) == len(re.findall(r"\d\.\d to -?\d", " ".join(said.split()))) > 0
-    for mean, low, high in ([float(figure) for figure in figures] for figures in told):
-        assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in page, f"{mean}: out of date"
+    against_heads = [row.split(" | ") for row in rows[:3]]
+    shares = [
+        float(re.sub(r"[*]|\(.*", "", cell)) / float(cells[-1].removesuffix(" |"))
+        for cells in against_heads
+        for cell in cells[1:3]
+    ]
+    least, most = (round(100 * share) for share in (min(shares), max(shares)))
+    assert f"{least} to {most} % of its size" in " ".join(said.split())
 
 
 @pytest.mark.slow

@@ -526,7 +526,8 @@ def reproduce(
     """Repeat tables and figures of the paper on your images.
 
     Every row has the same steps and chooses its rate by held-out classes, in the mean over the
-    seeds; those of fig7 and protocol have the recipe's. An interrupted or exhausted budget goes on
+    seeds; those of fig7a, fig7b and protocol have the recipe's, those of fig7c one for each loss.
+    An interrupted or exhausted budget goes on
     when the same command is given again; rows that the results file has are not run again. Writes
     Markdown, CSV and a picture.
     """
@@ -548,17 +549,22 @@ def reproduce(
     if scale == "full" and data is None:
         raise InputError(f"--scale full needs photographs: --data {' or '.join(own)} --root FOLDER")
     chosen = full() if scale == "full" else small(data is not None)
-    known: dict[str, bool] = {}  # whether a row chooses among the scale's rates
+    known: dict[str, set[str]] = {}  # what says at which rates a row is trained
     for each in experiments.values():
         for arm in each.arms(chosen.learners):
-            known[arm.name] = known.get(arm.name, False) or (each.tuned and arm.rates is None)
+            says = "itself" if arm.rates else "--rate" if each.tuned else "--set train.lr"
+            known.setdefault(arm.name, set()).add(says)
     if unknown := [row for row in rows or () if row not in known]:
         raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(known)}")
-    if rates and not any(known[row] for row in rows or known):
-        raise InputError(
-            f"--rate: {'; '.join(rows or names)} has the rate of the recipe, which --set "
-            "train.lr=RATE changes, or rates of its own: leave it out"
-        )
+    said = set().union(*(known[row] for row in rows or known))
+    of_set = any(setting.partition("=")[0].strip() == "train.lr" for setting in overrides or ())
+    for given, option in ((rates, "--rate"), (of_set, "--set train.lr")):
+        if given and option not in said:
+            instead = " or ".join(f"{each}=RATE" for each in sorted(said - {"itself"}))
+            raise InputError(
+                f"{option} has no effect on {'; '.join(rows or names)}: leave it out"
+                + (f", or give {instead}" if instead else ": its rates are its own")
+            )
     settings = _settings(
         overrides,
         data=data,

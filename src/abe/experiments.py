@@ -310,8 +310,8 @@ def _lambdas_peak(best: str, way: str = "") -> Callable[[int], tuple[Claim, ...]
 
 
 # What a loss is given is the same at both scales. Their gradients differ by orders of magnitude, so
-# that each has rates of its own, around the best of those tried on held-out classes of CUB-2010; and
-# proxies that are not far faster than the network pull it to where they began.
+# that each has rates of its own, around the best of those tried on held-out classes of CUB-2010;
+# and proxies that are not far faster than the network pull it to where they began.
 _AS_PRINTED = ("train.normalization=per_image", "train.divergence_weight=1")
 _PRINTED_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 _PRINTED_RATE = 1e-4  # of them chosen by ABE-4 on CUB-2010

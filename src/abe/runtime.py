@@ -140,6 +140,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "os": platform.system(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "device": device.type,
         "gpu": gpu,
     }
 

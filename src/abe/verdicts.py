@@ -61,6 +61,7 @@ from abe.results import (
 from abe.start import build_model
 
 MIN_SEEDS = 3  # below that a claim is left open
+PAPERS_LEARNERS = 8  # where an experiment has as many as asked for
 OPEN = "open"
 NOT_RUN = "not run"
 
@@ -228,7 +229,9 @@ def paper_row(experiment: Experiment, arm: Arm, data: str) -> dict[str, Any]:
 
 
 def papers_difference(experiment: Experiment, claim: Claim, learners: int, data: str) -> str:
-    """What a claim is about in the paper's table, in points: "+15.5"; "" where it has no figures.
+    """What a claim is about in the paper's table, in points: "+5.9"; "" where it has no figures.
+
+    Of networks with more learners than ours it says so: "+15.5 (ABE-8^512)".
 
     Args:
         experiment: whose table.
@@ -245,7 +248,11 @@ def papers_difference(experiment: Experiment, claim: Claim, learners: int, data:
             (claim.less, claim.against or claim.quantity),
         )
     )
-    return "" if more is None or less is None else f"{more - less:+.1f}"
+    if more is None or less is None:
+        return ""
+    known = arms[claim.more].paper
+    larger = f" ({known})" if learners < PAPERS_LEARNERS and known != claim.more else ""
+    return f"{more - less:+.1f}{larger}"
 
 
 def costs(config: Config) -> tuple[int, int]:
@@ -461,26 +468,29 @@ def _section(name: str, all_told: Sequence[_Told], first: Mapping[str, str]) -> 
             continue
         own = by_claim[claim]
         lines += [told.line for told in own if told.line not in first]
-        if elsewhere := dict.fromkeys(first[told.line] for told in own if told.line in first):
-            where = f"as under {', '.join(elsewhere)}"
-            lines.append(f"| {claim} | {own[0].theirs} | | | {where} | |")
+        elsewhere = {first[told.line]: told.theirs for told in own if told.line in first}
+        lines += [
+            f"| {claim} | {theirs} | | | as under {name} | |" for name, theirs in elsewhere.items()
+        ]
     return lines
 
 
 _PAGE_HEAD = """# Results
 
-Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and from
-nothing else. A claim is the paper's, of its own images and setting, but for those of `losses` and
-`protocol`, which are ours; the figures are ours, of the setting in the same line: the difference of
-the two means in points of Recall@1, with its 95 % interval over queries and seeds in pairs, or of
-learners' recall, cosines and what test images pick over seeds, by Student's t. Shown: all of the
-interval is above 0, or for what is said to be similar or not above, within 2 points. Refuted: all
-of it is on the other side. Fewer than 3 seeds leave a claim open. The bootstrap over queries and
-seeds stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in
-pairs have the same seed and so the same batches, but not always the same device and precision: the
-last column names these, docs/protocol.md tells how little they decide. "The paper's" is the
-difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB, else the
-last that the table has, mostly CARS-196."""
+Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and
+from nothing else. A claim is the paper's, of its own images and setting, but for those of
+`losses`, of `protocol` and of the balanced loss in `fig7c`, which are ours; the figures are ours,
+of the setting in the same line: the difference of the two means in points of Recall@1, with its
+95 % interval over queries and seeds in pairs, or of learners' recall, cosines and what test
+images pick over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said
+to be similar or not above, within 2 points. Refuted: all of it is on the other side. Fewer than 3
+seeds leave a claim open. The bootstrap over queries and seeds stands behind; of 3 seeds it is too
+narrow where seeds decide, and decides nothing. Runs in pairs have the same seed, and where only
+the network or the loss differs the same batches, but not always the same device and precision:
+the last column names these, docs/protocol.md tells how far they set runs apart. "The paper's" is
+the difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB,
+else the last that the table has, mostly CARS-196; of which network, if of one with more learners
+than ours."""
 _CLAIMS_HEAD = (
     "| claim | the paper's | setting | difference | verdict | runs |\n|---|--:|---|---|---|---|"
 )
@@ -595,6 +605,6 @@ def _stamps(records: Sequence[dict[str, Any]]) -> str:
     images = ", ".join(dict.fromkeys(str(r.get("images_digest")) for r in records))
     found = [record["environment"] for record in records]
     devices = ", ".join(
-        dict.fromkeys(f"{e.get('gpu') or 'CPU'} {e.get('precision')}" for e in found)
+        dict.fromkeys(f"{e.get('gpu') or e.get('device', 'cpu')} {e['precision']}" for e in found)
     )
     return f"{digests}; code {commits}; images {images}; {devices}"
