@@ -15,8 +15,8 @@ from abe.errors import InputError
 def paper() -> Config:
     """ABE-8^512 as section 4 has it: 224 px, pairs in batches of 64, Eqs. 8-10 as printed.
 
-    The paper gives neither rate nor length; it evaluates every 1,000 iterations. A GPU's work: at
-    224 px a step takes a CPU the better part of a minute. Expects ImageNet weights to reach the
+    The paper gives neither rate nor length, and no sweep chose ours; it evaluates every 1,000
+    iterations. A GPU's work: at 224 px a step takes a CPU the better part of a minute. Expects ImageNet weights to reach the
     paper's scores: --set model.weights=bvlc-googlenet.
     """
     return Config(
@@ -56,7 +56,8 @@ def photographs() -> Config:
 def demo() -> Config:
     """A few minutes on 2 CPU cores: smaller images, the built-in vehicles by default.
 
-    The rate is the best of those tried for ABE-4 on the vehicles.
+    No sweep chose it: the rate is the best of those tried for ABE-4 on the vehicles
+    (results/runs.jsonl), the rest is that of `photographs`.
     """
     return photographs().with_overrides(
         [
