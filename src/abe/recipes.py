@@ -16,8 +16,8 @@ def paper() -> Config:
     """ABE-8^512 as section 4 has it: 224 px, pairs in batches of 64, Eqs. 8-10 as printed.
 
     The paper gives neither rate nor length, and no sweep chose ours; it evaluates every 1,000
-    iterations. A GPU's work: at 224 px a step takes a CPU the better part of a minute. Expects ImageNet weights to reach the
-    paper's scores: --set model.weights=bvlc-googlenet.
+    iterations. A GPU's work: at 224 px a step takes a CPU the better part of a minute. Expects
+    ImageNet weights to reach the paper's scores: --set model.weights=bvlc-googlenet.
     """
     return Config(
         recipe="paper",
