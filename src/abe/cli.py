@@ -527,9 +527,8 @@ def reproduce(
 
     Every row has the same steps and chooses its rate by held-out classes, in the mean over the
     seeds; those of fig7a, fig7b and protocol have the recipe's, those of fig7c one for each loss.
-    An interrupted or exhausted budget goes on
-    when the same command is given again; rows that the results file has are not run again. Writes
-    Markdown, CSV and a picture.
+    An interrupted or exhausted budget goes on when the same command is given again; rows that the
+    results file has are not run again. Writes Markdown, CSV and a picture.
     """
     from dataclasses import replace
 

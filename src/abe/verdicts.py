@@ -470,7 +470,8 @@ def _section(name: str, all_told: Sequence[_Told], first: Mapping[str, str]) -> 
         lines += [told.line for told in own if told.line not in first]
         elsewhere = {first[told.line]: told.theirs for told in own if told.line in first}
         lines += [
-            f"| {claim} | {theirs} | | | as under {name} | |" for name, theirs in elsewhere.items()
+            f"| {claim} | {theirs} | | | as under {other} | |"
+            for other, theirs in elsewhere.items()
         ]
     return lines
 
@@ -555,11 +556,11 @@ def _judged_claims(
         return told
     for name, scale, own in _of_scales(experiment, by_key):
         rows = rows_of(experiment.arms(scale.learners), own)
+        by_name = {row.arm.name: row for row in rows}
         for claim in experiment.claims(scale.learners):
             judged = judge(claim, rows)
             if judged.difference is None:
                 continue
-            by_name = {row.arm.name: row for row in rows}
             compared = dict.fromkeys([claim.more, claim.less])
             runs = [run for arm in compared for run in by_name[arm].runs_of(judged.pairs)]
             theirs = papers_difference(experiment, claim, scale.learners, runs[0]["data"]["name"])
