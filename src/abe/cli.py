@@ -548,18 +548,17 @@ def reproduce(
     if scale == "full" and data is None:
         raise InputError(f"--scale full needs photographs: --data {' or '.join(own)} --root FOLDER")
     chosen = full() if scale == "full" else small(data is not None)
-    known: dict[str, set[str]] = {}  # what says at which rates a row is trained
+    options: dict[str, set[str | None]] = {}  # of each row, what changes its rates
     for each in experiments.values():
         for arm in each.arms(chosen.learners):
-            says = "itself" if arm.rates else "--rate" if each.tuned else "--set train.lr"
-            known.setdefault(arm.name, set()).add(says)
-    if unknown := [row for row in rows or () if row not in known]:
-        raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(known)}")
-    said = set().union(*(known[row] for row in rows or known))
+            options.setdefault(arm.name, set()).add(each.rates_option(arm))
+    if unknown := [row for row in rows or () if row not in options]:
+        raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(options)}")
+    effective = set().union(*(options[row] for row in rows or options)) - {None}
     of_set = any(setting.partition("=")[0].strip() == "train.lr" for setting in overrides or ())
     for given, option in ((rates, "--rate"), (of_set, "--set train.lr")):
-        if given and option not in said:
-            instead = " or ".join(f"{each}=RATE" for each in sorted(said - {"itself"}))
+        if given and option not in effective:
+            instead = " or ".join(f"{each}=RATE" for each in effective)
             raise InputError(
                 f"{option} has no effect on {'; '.join(rows or names)}: leave it out"
                 + (f", or give {instead}" if instead else ": its rates are its own")

@@ -96,6 +96,10 @@ class Experiment:
         """The learning rates that an arm is trained at."""
         return arm.rates or (scale.rates if self.tuned else (scale.base.train.lr,))
 
+    def rates_option(self, arm: Arm) -> str | None:
+        """The option of `abe reproduce` that changes `rates`; None where the arm has its own."""
+        return None if arm.rates else "--rate" if self.tuned else "--set train.lr"
+
 
 @dataclass(frozen=True)
 class Scale:
