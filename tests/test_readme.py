@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers import blocks, run_python
+from PIL import Image
 
 from abe.results import replace_between
 
@@ -77,10 +78,24 @@ def test_make_targets_exist() -> None:
 def test_results_table_is_that_of_the_recorded_runs(tmp_path: Path) -> None:
     (tmp_path / "results").symlink_to(ROOT / "results")
     text = README.read_text(encoding="utf-8")
-    (command,) = [words for words in commands() if words[1:2] == ["results"]]
+    (command,) = [words for words in commands() if "--into" in words]
     (tmp_path / "README.md").write_text(replace_between(text, "results", ""), encoding="utf-8")
     subprocess.run([ABE, *command[1:]], cwd=tmp_path, check=True)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text, shlex.join(command)
+
+
+def test_picture_is_that_of_the_recorded_runs(tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    (command,) = [words for words in commands() if "--picture" in words]
+    picture = Path(command[command.index("--picture") + 1])
+    (tmp_path / picture.parent).mkdir(parents=True)
+    subprocess.run([ABE, *command[1:]], cwd=tmp_path, check=True)
+    assert f"({picture})" in README.read_text(encoding="utf-8")
+    with Image.open(tmp_path / picture) as drawn, Image.open(ROOT / picture) as shown:
+        assert drawn.size == shown.size
+        figures = drawn.info["Description"]
+        assert figures == shown.info["Description"], shlex.join(command)
+    assert figures.count("\nCUB-200-2010,ABE-") == 4
 
 
 CLAIMS = {  # of README's table

@@ -27,7 +27,7 @@ from abe.intervals import crossed, pack
 from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
-from abe.report.reproduced import draw
+from abe.report.reproduced import draw, draw_results
 from abe.reproduce import Reproduction, Run
 from abe.reproduce import reproduce as run_all
 from abe.results import append_record, is_baseline, method_name, read_records, result_record
@@ -857,7 +857,7 @@ def test_a_picture_of_runs_that_are_elsewhere_is_not_drawn(table2: Path) -> None
 @pytest.mark.parametrize(
     ("name", "panels"),
     [
-        ("fig4", {"Recall@1, %, ours": [8, 8], "Recall@1, %, the paper's": [8, 8]}),
+        ("fig4", {"Recall@1, %\nours": [8, 8], "Recall@1, %\nthe paper's": [8, 8]}),
         ("table2", {"Recall@1, %, ours": [2], "Recall@1, %, the paper's": [2]}),
         ("fig7c", {"Recall@1, %, ours": [10]}),
     ],
@@ -884,6 +884,37 @@ def test_ours_and_the_papers_are_drawn_on_axes_of_their_own(
     bar = drawn[0].axes[0].containers[0].lines[2][0].get_paths()[0]
     for end in ("recall@1 low", "recall@1 high"):
         assert np.isclose(bar.vertices, 100 * values[0][end]).any()
+
+
+def test_a_picture_of_results_has_all_images_and_the_papers_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    better, worse = better_and_worse(1).values()
+    elsewhere = [
+        run | {"images_digest": "2" * 12, "data": run["data"] | {"name": "cars"}} for run in worse
+    ]
+    path = tmp_path / "x.png"
+    draw_results(["table2"], [*better, *worse, *elsewhere], path)
+    panels = {
+        axes.get_xlabel().partition(", %, ")[2]: list(axes.containers[0].lines[0].get_ydata())
+        for axes in drawn[0].axes
+    }
+    assert panels == {"birds": [0, 1], "cars": [1], "the paper's": [0, 1]}
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == [
+        arm.name for arm in EXPERIMENTS["table2"].arms(4)
+    ]
+
+    other_start = [run | {"weights": {"source": "b", "sha256": "b" * 16}} for run in worse]
+    for names, records, message in (
+        (["table2"], [*better, *other_start], "birds from several starts .* choose by --start"),
+        (["fig7"], better, "name it by --of, one of fig7a, fig7b, fig7c"),
+        ([], better, "name it by --of$"),
+        (["fig6"], better, "fig6 is drawn of networks, not of results: `abe reproduce fig6`"),
+    ):
+        with pytest.raises(InputError, match=message):
+            draw_results(names, records, path)
 
 
 # --- What cannot be run ---

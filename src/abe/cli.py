@@ -395,6 +395,12 @@ def results(
         str | None,
         typer.Option(metavar="NAME", help="Only networks that began with weights of this name."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the table or figure that --of names, as PNG, of all images."
+        ),
+    ] = None,
 ) -> None:
     """Print Markdown tables of results, averaged over seeds.
 
@@ -416,8 +422,12 @@ def results(
         from abe.verdicts import select
 
         records = select(records, experiments or (), start)
+    if picture is not None:
+        from abe.report.reproduced import draw_results
+
+        draw_results(experiments or (), records, picture)
     table = markdown_table(summarize(records))
-    if into is None and page is None:
+    if into is None and page is None and picture is None:
         typer.echo(table)
     if into is not None:
         try:

@@ -287,8 +287,39 @@ def values_of(experiment: Experiment, row: Row, data: str, base: Config) -> dict
     return values | {f"paper {k}": v for k, v in paper_row(experiment, row.arm, data).items()}
 
 
-def csv_text(values: Sequence[Mapping[str, Any]]) -> str:
+def values_by_images(
+    experiment: Experiment, records: Iterable[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """`values_of` the rows that have runs, by the name of their images.
+
+    Args:
+        experiment: whose rows.
+        records: of runs from one start.
+
+    Raises:
+        InputError: the same images have runs from several starts or at both scales.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for group in _by_images_and_start(records):
+        for _, scale, by_arm in _of_scales(experiment, group):
+            rows = rows_of(experiment.arms(scale.learners), by_arm)
+            names = [row.found.record["data"]["name"] for row in rows if row.found is not None]
+            if not names:
+                continue
+            if names[0] in found:
+                raise InputError(
+                    f"there are runs of {names[0]} from several starts or at both scales, which "
+                    "cannot stand side by side: choose by --start"
+                )
+            found[names[0]] = [
+                values_of(experiment, row, names[0], scale.base) for row in rows if row.found
+            ]
+    return found
+
+
+def csv_text(values: Iterable[Mapping[str, Any]]) -> str:
     """A CSV file with a column for every figure that any row has."""
+    values = list(values)
     text = io.StringIO()
     columns = dict.fromkeys(name for row in values for name in row)
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from abe.checkpoint import load_selected
 from abe.data.splits import Splits
+from abe.errors import InputError
 from abe.evaluate import pair_cosines
-from abe.experiments import Experiment
+from abe.experiments import Experiment, get_experiments
 from abe.report.figures import HISTOGRAM_BINS
 from abe.report.pictures import mask_sheet
 from abe.results import EMBEDDINGS
 from abe.runtime import replaced
+from abe.verdicts import csv_text, values_by_images
 
 COLOURS = {"positive": "tab:blue", "negative": "tab:red", "self": "tab:green"}  # as in Fig. 5
 _COSTS = {"parameters": 1e6, "MACs": 1e9}  # in which units Fig. 4 has them
@@ -69,73 +71,128 @@ def draw(
             return False
         figure = _cosines(here, splits)
     elif found:
-        figure = _costs(found) if experiment.picture == "costs" else _scores(found)
+        figure = recall_figure(experiment, {"ours": found})
     else:
         return False
-    with replaced(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save(figure, values, path)
     return True
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Recall@1 of every row with its interval, beside it the paper's on an axis of its own."""
-    theirs = any("paper R@1" in row for row in rows)
-    figure = Figure(figsize=(7 + 3 * theirs, 1 + 0.35 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, 1 + theirs, sharey=True, squeeze=False)[0]
-    for axes, source in zip(panels, ("ours", "the paper's"), strict=False):
-        found = [
-            (place, *_recall(row, source))
-            for place, row in enumerate(rows)
-            if source == "ours" or "paper R@1" in row
-        ]
-        places, recalls, below, above = zip(*found, strict=True)
+def draw_results(names: Sequence[str], records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write the picture of a table or figure of which there are results, of all their images.
+
+    Args:
+        names: of the experiment.
+        records: of runs from one start.
+        path: of the picture, PNG.
+
+    Raises:
+        InputError: it is not one experiment, its picture needs more than results, or the same
+            images have runs from several starts or at both scales.
+    """
+    chosen = {key: each for name in names for key, each in get_experiments(name).items()}
+    if len(chosen) != 1:
+        raise InputError(
+            "a picture is of one table or figure: name it by --of"
+            + f", one of {', '.join(chosen)}" * bool(chosen)
+        )
+    ((name, experiment),) = chosen.items()
+    if experiment.picture in ("cosines", "masks"):
+        raise InputError(f"{name} is drawn of networks, not of results: `abe reproduce {name}`")
+    by_images = values_by_images(experiment, records)
+    figures = [{"images": images} | row for images, rows in by_images.items() for row in rows]
+    save(recall_figure(experiment, by_images), figures, path)
+
+
+def recall_figure(
+    experiment: Experiment, by_images: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Figure:
+    """Recall@1 of every row with its interval, of each images, and the paper's.
+
+    Each in panels of its own: on other images and from another start, levels say nothing.
+
+    Args:
+        experiment: says what Recall@1 is drawn against.
+        by_images: the rows' figures, see `abe.verdicts.values_of`, by what to call the images.
+    """
+    papers: dict[str, list[dict[str, Any]]] = {}
+    for title, rows in by_images.items():
+        theirs = [_papers(row) for row in rows if "paper R@1" in row]
+        if theirs and not any(row in known for row in theirs for known in papers.values()):
+            papers[f"the paper's, beside {title}" if papers else "the paper's"] = theirs
+    panels = {**by_images, **papers}
+    return _costs(panels) if experiment.picture == "costs" else _scores(panels)
+
+
+def save(figure: Figure, figures: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write a picture as PNG, which holds what it was drawn from as a CSV file's text.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replaced(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Description": csv_text(figures)})
+
+
+def _papers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's figures of a row in the place of ours; it gives no intervals."""
+    own = {name: row[name] for name in ("method", *_COSTS) if name in row}
+    recalls = ("recall@1", "recall@1 low", "recall@1 high")
+    return own | dict.fromkeys(recalls, row["paper R@1"] / 100)
+
+
+def _scores(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    methods = list(dict.fromkeys(row["method"] for rows in panels.values() for row in rows))
+    size = 4 + 3 * len(panels), 1 + 0.35 * len(methods)
+    figure = Figure(figsize=size, layout="constrained")
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, rows) in zip(columns, panels.items(), strict=True):
+        recalls, below, above = _recalls(rows)
+        places = [methods.index(row["method"]) for row in rows]
         axes.errorbar(recalls, places, xerr=[below, above], fmt="o", capsize=3)
-        axes.set_xlabel(f"Recall@1, %, {source}")
-    panels[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
-    panels[0].invert_yaxis()
+        axes.set_xlabel(f"Recall@1, %, {title}")
+    columns[0].set_yticks(range(len(methods)), methods)
+    columns[0].invert_yaxis()
     return figure
 
 
-def _costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Fig. 4: Recall@1 against parameters and multiply-accumulates, ours above the paper's.
-
-    Each has its own axis: on other images and from another start, levels say nothing.
-    """
-    ours = [row for row in rows if "parameters" in row]
-    theirs = [row for row in ours if "paper R@1" in row]
-    sources = {"ours": ours} | ({"the paper's": theirs} if theirs else {})
-    figure = Figure(figsize=(9, 3.2 * len(sources)), layout="constrained")
-    panels = figure.subplots(len(sources), 2, sharex="col", sharey="row", squeeze=False)
-    for (source, found), (left, right) in zip(sources.items(), panels, strict=True):
+def _costs(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Fig. 4: against parameters and multiply-accumulates, of what has any."""
+    figure = Figure(figsize=(9, 0.6 + 2.6 * len(panels)), layout="constrained")
+    lines = figure.subplots(len(panels), 2, sharex="col", sharey="row", squeeze=False)
+    for (title, rows), (left, right) in zip(panels.items(), lines, strict=True):
         for axes, (name, unit) in zip((left, right), _COSTS.items(), strict=True):
-            for kind, title, colour, marker in _KINDS:
-                line = [row for row in found if kind in row["method"]]
-                recalls = [_recall(row, source) for row in line]
+            for kind, label, colour, marker in _KINDS:
+                line = [row for row in rows if kind in row["method"] and name in row]
+                recalls, below, above = _recalls(line)
+                costs = [row[name] / unit for row in line]
                 axes.errorbar(
-                    [row[name] / unit for row in line],
-                    [recall for recall, _, _ in recalls],
-                    yerr=[[low for _, low, _ in recalls], [high for _, _, high in recalls]],
+                    costs,
+                    recalls,
+                    yerr=[below, above],
                     color=colour,
                     marker=marker,
                     capsize=3,
-                    label=title,
+                    label=label,
                 )
-                for row, (recall, _, _) in zip(line, recalls, strict=True):
-                    place = (row[name] / unit, recall)
+                for row, *place in zip(line, costs, recalls, strict=True):
                     axes.annotate(row["method"].partition("^")[0], place, (4, 4), **_NEAR)
-        left.set_ylabel(f"Recall@1, %, {source}")
-    panels[-1, 0].set_xlabel("parameters, millions")
-    panels[-1, 1].set_xlabel("multiply-accumulates at 224 px, thousand millions")
-    panels[0, 0].legend()
+            axes.margins(0.12)  # for the names
+        left.set_ylabel(f"Recall@1, %\n{title}")
+    lines[-1, 0].set_xlabel("parameters, millions")
+    lines[-1, 1].set_xlabel("multiply-accumulates at 224 px, thousand millions")
+    lines[0, 0].legend()
     return figure
 
 
-def _recall(row: Mapping[str, Any], source: str) -> tuple[float, float, float]:
-    """Recall@1 in percent, and how far below and above it its interval goes."""
-    if source != "ours":
-        return row["paper R@1"], 0.0, 0.0
-    recall, low, high = (row[name] for name in ("recall@1", "recall@1 low", "recall@1 high"))
-    return 100 * recall, 100 * (recall - low), 100 * (high - recall)
+def _recalls(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+    """Recall@1 in percent, and how far below and above it the intervals go."""
+    recalls, lows, highs = (
+        [100 * row[name] for row in rows] for name in ("recall@1", "recall@1 low", "recall@1 high")
+    )
+    below = [recall - low for recall, low in zip(recalls, lows, strict=True)]
+    above = [high - recall for recall, high in zip(recalls, highs, strict=True)]
+    return recalls, below, above
 
 
 def _cosines(folders: Mapping[str, Path], splits: Splits) -> Figure:
