@@ -18,7 +18,9 @@ from abe.intervals import (
     is_within,
     of_means,
     pack,
+    pack_classes,
     unpack,
+    unpack_classes,
 )
 
 
@@ -87,6 +89,70 @@ def test_the_interval_of_crossed_seeds_and_queries_is_that_of_loops(of_seeds: fl
     assert one.high - one.mean == pytest.approx(margin)
     assert crossed(np.zeros((3, 5))) == Interval(0.0, 0.0, 0.0)
     assert crossed(np.ones((1, 1))) == Interval(1.0, -np.inf, np.inf)
+
+
+def test_queries_count_in_clusters_of_their_class() -> None:
+    values = np.random.default_rng(0).random((3, 7))
+    classes = np.array([5, 2, 5, 9, 2, 5, 9])
+    mean = statistics.fmean(values.flatten().tolist())
+    of_query = [statistics.fmean(column) - mean for column in values.T.tolist()]
+    sums = [
+        sum(value for value, own in zip(of_query, classes, strict=True) if own == label)
+        for label in (2, 5, 9)
+    ]
+    seeds = [statistics.fmean(row) for row in values.tolist()]
+    parts = [
+        (statistics.variance(seeds) / 3, 2),
+        (3 / 2 * sum(each**2 for each in sums) / 7**2, 2),
+    ]
+    variance = parts[0][0] + parts[1][0]
+    degrees = variance**2 / sum(part**2 / freedom for part, freedom in parts)
+    margin = student_t.ppf(0.975, degrees) * variance**0.5
+    found = crossed(values, classes)
+    assert (found.low, found.high) == pytest.approx((mean - margin, mean + margin))
+
+    drawn = bootstrap(values[:1], classes)
+    generator = np.random.default_rng(1)
+    means = []
+    for _ in range(2000):
+        rows = [values[0, classes == generator.choice([2, 5, 9])] for _ in range(3)]
+        means.append(np.concatenate(rows).mean())
+    assert (drawn.low, drawn.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+    for interval in (crossed, bootstrap):
+        assert interval(values, np.arange(7)) == interval(values)
+    assert crossed(values[:1], np.zeros(7, int)) == Interval(values[0].mean(), -np.inf, np.inf)
+
+
+@pytest.mark.parametrize("interval", [bootstrap, crossed])
+def test_intervals_over_classes_cover_where_those_over_queries_do_not(
+    interval: Callable[..., Interval],
+) -> None:
+    generator = np.random.default_rng(0)
+    classes = np.repeat(np.arange(40), generator.integers(3, 12, size=40))
+    covered = {True: 0, False: 0}
+    draws = 60 if interval is bootstrap else 1000
+    for _ in range(draws):
+        by_class = 0.3 * generator.standard_normal(40)[classes]
+        values = by_class + 0.3 * generator.standard_normal((8, len(classes)))
+        for clustered in covered:
+            found = interval(values, classes) if clustered else interval(values)
+            covered[clustered] += found.low <= 0 <= found.high
+    assert 0.88 < covered[True] / draws < 0.99
+    assert covered[False] / draws < 0.8
+
+
+def test_classes_go_into_a_line_and_back() -> None:
+    labels = np.array([7, 7, 900_000, 3, 3, 3, 7])
+    packed = pack_classes(labels)
+    assert unpack_classes(packed).tolist() == [1, 1, 2, 0, 0, 0, 1]
+    assert len(pack_classes(np.repeat(np.arange(100), 30))) < 120
+    for broken, message in (
+        ("not base64", "base64"),
+        (packed[:-8], "no classes of queries"),
+        ("AAAA", "no classes of queries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unpack_classes(broken)
 
 
 def test_one_seed_and_many_queries_go_in_blocks() -> None:

@@ -23,7 +23,7 @@ from abe.config import Config
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError, TakenError
 from abe.experiments import EXPERIMENTS, Arm, Claim, Scale, full, get_experiments, small
-from abe.intervals import crossed, pack
+from abe.intervals import crossed, pack, pack_classes
 from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
@@ -228,6 +228,27 @@ def test_three_seeds_that_differ_widely_show_nothing_though_their_bootstrap_woul
     assert "3 seeds (bootstrap [+" in judged.shown
 
 
+def test_a_gain_in_a_few_classes_alone_is_not_shown() -> None:
+    """4 of 20 classes gain on all of their queries: on other classes there might be nothing."""
+    arms, claim = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)[0]
+    classes = np.repeat(np.arange(20), 20)
+    before = np.arange(400) % 2 == 0
+    records = {
+        arm.name: [record(arm, seed, before | gained) for seed in range(3)]
+        for arm, gained in zip(arms, (classes < 3, classes < 0), strict=True)
+    }
+    assert judge(claim, rows_of(arms, records)).verdict == "shown"
+    for run in (run for runs in records.values() for run in runs):
+        run["scores"]["hits@1"]["classes"] = pack_classes(classes)
+    rows = rows_of(arms, records)
+    judged = judge(claim, rows)
+    assert judged.verdict == "not shown"
+    assert judged.bootstrapped is not None
+    whole, alone = rows[0].interval(), crossed(before[None] + 0.0, classes)
+    assert whole is not None
+    assert whole.high - whole.low > 5 * (alone.high - alone.low)
+
+
 def test_what_test_images_pick_is_compared_within_a_run() -> None:
     arms, (claim, _) = EXPERIMENTS["protocol"].arms(4), EXPERIMENTS["protocol"].claims(4)
     runs = [record(arms[0], seed, [True, False]) for seed in range(4)]
@@ -419,6 +440,54 @@ def test_a_page_has_runs_of_both_scales() -> None:
         (line,) = [x for x in section.splitlines() if f"above that of {network} |" in x]
         assert line.endswith("| as under table2 | |")
     assert page.count("`full`: 10000 steps") > 1
+
+
+def test_a_claim_is_not_run_at_the_scale_that_others_of_its_kind_are_run_at() -> None:
+    of_single = [arm for arm in EXPERIMENTS["losses"].arms(4) if arm.name.startswith("1-head")]
+    (printed,) = [
+        a for a in EXPERIMENTS["losses"].arms(4) if a.name == "ABE-4^512, Eq. 10 as printed"
+    ]
+    runs = [record(arm, seed, [True, False]) for arm in (*of_single, printed) for seed in range(3)]
+    section = results_page(runs).partition("## losses:")[2].partition("\n## ")[0]
+    assert "ABE-8" not in section
+    (line,) = [
+        x for x in section.splitlines() if "of ABE-4^512, proxy-anchor is above that of 1" in x
+    ]
+    assert "not run here: `abe reproduce losses --scale small --data FOLDER`" in line
+
+
+def test_a_page_says_how_many_runs_it_judges_nothing_by() -> None:
+    (arm, _) = EXPERIMENTS["table2"].arms(4)
+    longer = replace(arm, settings=(*arm.settings, "train.steps=500"))
+    early = record(arm, 1, [True])
+    del early["scores"]["hits@1"]
+    page = results_page([record(arm, 0, [True]), record(longer, 0, [True]), early])
+    assert "by 1 of the 3 runs, which have settings that no row has at either scale" in page
+    assert "by 1 of the 3 runs, which do not say which queries were answered" in page
+    assert "No claim" not in results_page([record(arm, 0, [True])])
+
+
+def test_later_seeds_stand_by_themselves_too() -> None:
+    better, worse = better_and_worse(6).values()
+    for run in better + worse:
+        run["date"] = f"2026-01-0{1 + run['seed'] // 3}T12:00:00+00:00"
+    for run in better[3:]:
+        run["environment"] = run["environment"] | {"gpu": "H200"}
+    claim, arms = EXPERIMENTS["table2"].claims(4)[0], EXPERIMENTS["table2"].arms(4)
+    halves = [
+        judge(claim, rows_of(arms, {a.name: runs for a, runs in zip(arms, part, strict=True)}))
+        for part in ((better[:3], worse[:3]), (better[3:], worse[3:]))
+    ]
+    repeated = results_page(better + worse).partition("## Repeated")[2].partition("\n## ")[0]
+    (line,) = [x for x in repeated.splitlines() if x.startswith(f"| {claim} |")]
+    first, others = (f"{half.shown} **{half.verdict}**; 2026-01-0" for half in halves)
+    assert f"| {first}1, cpu bf16 | {others}2, H200 bf16, cpu bf16 | " in line
+    difference, again = halves[0].difference, halves[1].difference
+    assert difference is not None
+    assert again is not None
+    within = difference.low <= again.mean <= difference.high
+    assert line.endswith(f"| {'yes' if within else 'no'} |")
+    assert "## Repeated" not in results_page(better[:5] + worse[:5])
 
 
 def test_networks_that_saw_other_batches_are_said_to_have() -> None:

@@ -20,7 +20,7 @@ from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits
 from abe.data.transforms import Preprocessing
-from abe.intervals import pack
+from abe.intervals import pack, pack_classes
 from abe.metrics import KS, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
@@ -153,7 +153,7 @@ def evaluate_test(
         gallery_labels, candidates = splits.gallery.labels, len(splits.gallery)
     ks = [k for k in splits.ks if k <= candidates]
     scores = score(embeddings, splits.test.labels, ks, gallery, gallery_labels, ranks)
-    scores["hits@1"]["order"] = splits.test_order
+    scores["hits@1"] |= {"order": splits.test_order, "classes": pack_classes(splits.test.labels)}
     record = result_record(
         config,
         scores=scores,

@@ -24,7 +24,7 @@ from torch import Tensor
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
-from abe.intervals import unpack
+from abe.intervals import unpack, unpack_classes
 from abe.ranks import Ranks
 from abe.runtime import (
     append_json_line,
@@ -176,8 +176,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             markdown_table(summarize([record]))
             Config.from_json(record["config"])
             float(record["selection_recall@1"] or 0)
-            if "hits@1" in record["scores"]:
-                unpack(record["scores"]["hits@1"])
+            if hits := record["scores"].get("hits@1"):
+                queries = len(unpack(hits))
+                if "classes" in hits and len(unpack_classes(hits["classes"])) != queries:
+                    raise ValueError(f"classes of other queries than the {queries}")
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(
                 f"{path}, line {number} is no result of `abe train` or `abe eval` ({error!r}): "

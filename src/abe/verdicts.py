@@ -22,7 +22,6 @@ from abe.errors import InputError
 from abe.experiments import (
     EXPERIMENTS,
     PICKED,
-    SIMILAR,
     Arm,
     Claim,
     Experiment,
@@ -41,6 +40,7 @@ from abe.intervals import (
     is_within,
     of_means,
     unpack,
+    unpack_classes,
 )
 from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
@@ -94,9 +94,16 @@ class Row:
         return [record for record in self._runs if _pair(record) in pairs]
 
     def interval(self) -> Interval | None:
-        """Of Recall@1, over seeds and queries."""
+        """Of Recall@1, over seeds and classes."""
         samples = self.samples("recall@1")
-        return crossed(np.stack(list(samples.values()))) if samples else None
+        if not samples:
+            return None
+        return crossed(np.stack(list(samples.values())), self.classes(samples))
+
+    def classes(self, pairs: Collection[tuple[int, str]]) -> NDArray[np.int32] | None:
+        """Of each query of runs in `samples`; None if their records do not say it."""
+        hits = self.runs_of(pairs)[0]["scores"]["hits@1"]
+        return unpack_classes(hits["classes"]) if "classes" in hits else None
 
 
 @dataclass(frozen=True)
@@ -179,10 +186,17 @@ def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]
     return rows
 
 
-def judge(claim: Claim, rows: Iterable[Row]) -> Judged:
+def judge(
+    claim: Claim, rows: Iterable[Row], among: Collection[tuple[int, str]] | None = None
+) -> Judged:
     """The verdict on a claim, if there are `MIN_SEEDS`: by seeds in pairs.
 
     Of Recall@1 by queries in pairs as well; of all else a record has the means.
+
+    Args:
+        claim: of two of the rows.
+        rows: of an experiment.
+        among: seeds and orders of the queries to compare; None for all that both have.
     """
     against = claim.against or claim.quantity
     by_name = {row.arm.name: row for row in rows}
@@ -190,19 +204,20 @@ def judge(claim: Claim, rows: Iterable[Row]) -> Judged:
         by_name[name].samples(quantity) if name in by_name else {}
         for name, quantity in ((claim.more, claim.quantity), (claim.less, against))
     )
-    pairs = sorted(more.keys() & less.keys())
+    pairs = sorted((more.keys() & less.keys()).intersection(more if among is None else among))
     if not pairs:
         return Judged(claim, None, NOT_RUN)
     bootstrapped = None
     if claim.quantity == against == "recall@1":
         values = np.stack([more[pair] - less[pair] for pair in pairs])
-        difference, bootstrapped = crossed(values), bootstrap(values)
+        classes = by_name[claim.more].classes(pairs)
+        difference, bootstrapped = crossed(values, classes), bootstrap(values, classes)
     else:
         difference = of_means(np.array([more[pair].mean() - less[pair].mean() for pair in pairs]))
     verdicts = {
         "above": exceeds(difference),
-        "not above": does_not_exceed(difference, SIMILAR),
-        "similar to": is_within(difference, SIMILAR),
+        "not above": does_not_exceed(difference, claim.margin),
+        "similar to": is_within(difference, claim.margin),
     }
     enough = len(pairs) >= MIN_SEEDS
     verdict = verdicts[claim.relation] if enough else f"{OPEN}, {MIN_SEEDS} seeds decide"
@@ -392,8 +407,7 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     """
     records = list(records)
     groups = _by_images_and_start(records)
-    left_out = sum(not (is_baseline(record) or counts(record)) for record in records)
-    lines = [_PAGE_HEAD, f"\n{left_out} lines do not say which queries were answered: left out."]
+    lines = [_PAGE_HEAD, "", *_left_out(records, groups)]
     all_told = {
         name: [told for group in groups for told in _judged_claims(experiment, group)]
         for name, experiment in EXPERIMENTS.items()
@@ -401,12 +415,39 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     if short := [told for each in all_told.values() for told in each]:
         lines += ["\n## In short\n", "Verdicts, and the differences without their intervals.\n"]
         lines += _in_short(short)
+        lines += _repeated(short)
     first: dict[str, str] = {}
     for name, experiment in EXPERIMENTS.items():
         lines += [f"\n## {name}: {experiment.title}\n", *_section(name, all_told[name], first)]
         first = {told.line: name for told in all_told[name]} | first
     lines += ["\n## All results\n", markdown_table(summarize(records))]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(
+    records: Iterable[dict[str, Any]], groups: Iterable[Mapping[str, Sequence[dict[str, Any]]]]
+) -> list[str]:
+    """How many of the runs no claim is judged by, and why."""
+    runs = [record for record in records if not is_baseline(record)]
+    known = [run for run in runs if counts(run)]
+    judged = {
+        id(run)
+        for group in groups
+        for experiment in EXPERIMENTS.values()
+        for _, _, by_arm in _of_scales(experiment, group)
+        for found in by_arm.values()
+        for run in found
+    }
+    notes = {
+        "do not say which queries were answered": len(runs) - len(known),
+        "have settings that no row has at either scale": len(known) - len(judged),
+    }
+    return [
+        f"No claim is judged by {number} of the {len(runs)} runs, which {why}: they stand under "
+        "All results alone."
+        for why, number in notes.items()
+        if number
+    ]
 
 
 def select(
@@ -484,8 +525,10 @@ def _section(name: str, all_told: Sequence[_Told], first: Mapping[str, str]) -> 
     by_claim: dict[Claim, list[_Told]] = {}
     for told in all_told:
         by_claim.setdefault(told.claim, []).append(told)
-    of_scales = [scale.learners for scale in (full(), small(True))]
-    learners = next((n for n in of_scales if by_claim.keys() & experiment.claims(n)), of_scales[-1])
+    learners = max(
+        (scale.learners for scale in (small(True), full())),
+        key=lambda learners: len(by_claim.keys() & experiment.claims(learners)),
+    )
     images = "FOLDER" if experiment.anywhere else f"{experiment.benchmarks[0]} --root FOLDER"
     command = f"`abe reproduce {name} --scale small --data {images}`"
     claims = dict.fromkeys([*experiment.claims(learners), *by_claim])
@@ -513,16 +556,18 @@ Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/re
 from nothing else. A claim is the paper's, of its own images and setting, but for those of
 `losses`, of `protocol` and of the balanced loss in `fig7c`, which are ours; the figures are ours,
 of the setting in the same line: the difference of the two means in points of Recall@1, with its
-95 % interval over queries and seeds in pairs, or of learners' recall, cosines and what test
+95 % interval over classes and seeds in pairs, or of learners' recall, cosines and what test
 images pick over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said
-to be similar or not above, within 2 points. Refuted: all of it is on the other side. Fewer than 3
-seeds leave a claim open. The bootstrap over queries and seeds stands behind; of 3 seeds it is too
-narrow where seeds decide, and decides nothing. Runs in pairs have the same seed, and where only
-the network or the loss differs the same batches, but not always the same device and precision:
-the last column names these, docs/protocol.md tells how far they set runs apart. "The paper's" is
-the difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB,
-else the last that the table has, mostly CARS-196; of which network, if of one with more learners
-than ours."""
+to be similar or not above, within 1 point (cosines: 0.02). Refuted: all of it is on the other side.
+Fewer than 3 seeds leave a claim open. Each verdict is by itself: of 40 claims of things that do not
+differ, one would be shown by chance, and another refuted. The bootstrap over classes and seeds
+stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in pairs
+have the same seed, and where only the network or the loss differs the same batches, but not always
+the same device and precision: the last column names these, docs/protocol.md tells how far they set
+runs apart. "The paper's" is the difference in its own table, in points, on its own images:
+CUB-200-2011 beside ours of CUB, else the last that the table has, mostly CARS-196; of which
+network, if of one with more learners than ours. What a claim that was not run needs is `small`'s
+command; `--scale full --root FOLDER`, without `--data`, is the paper's own setting."""
 _CLAIMS_HEAD = (
     "| claim | the paper's | setting | difference | verdict | runs |\n|---|--:|---|---|---|---|"
 )
@@ -559,6 +604,8 @@ class _Told:
     scale: str
     runs: Sequence[dict[str, Any]]
     """Of the network that is said to have more first."""
+    halves: tuple[Judged, ...]
+    """By the first `MIN_SEEDS` seeds and by the others, if these are as many."""
 
     @property
     def claim(self) -> Claim:
@@ -595,7 +642,10 @@ def _judged_claims(
             compared = dict.fromkeys([claim.more, claim.less])
             runs = [run for arm in compared for run in by_name[arm].runs_of(judged.pairs)]
             theirs = papers_difference(experiment, claim, scale.learners, runs[0]["data"]["name"])
-            told.append(_Told(judged, theirs, name, runs))
+            halves = (judged.pairs[:MIN_SEEDS], judged.pairs[MIN_SEEDS:])
+            enough = len(halves[1]) >= MIN_SEEDS
+            again = tuple(judge(claim, rows, half) for half in halves) if enough else ()
+            told.append(_Told(judged, theirs, name, runs, again))
     return told
 
 
@@ -622,6 +672,43 @@ def _in_short(told: Iterable[_Told]) -> list[str]:
     ]
 
 
+def _repeated(all_told: Iterable[_Told]) -> list[str]:
+    """The claims that had seeds enough for two verdicts: the first seeds', and the others'."""
+    lines: dict[str, None] = {}
+    for told in all_told:
+        if not told.halves:
+            continue
+        first, others = told.halves
+        assert first.difference is not None
+        assert others.difference is not None
+        within = first.difference.low <= others.difference.mean <= first.difference.high
+        cells = [str(told.claim), told.setting]
+        for half in told.halves:
+            runs = [run for run in told.runs if _pair(run) in half.pairs]
+            days = sorted({str(run["date"])[:10] for run in runs})
+            where = ", ".join(dict.fromkeys(map(_device, runs)))
+            cells.append(f"{half.shown} **{half.verdict}**; {' to '.join(days)}, {where}")
+        lines[f"| {' | '.join([*cells, 'yes' if within else 'no'])} |"] = None
+    if not lines:
+        return []
+    return [
+        "\n## Repeated\n",
+        f"What {MIN_SEEDS} seeds left open was given as many again. Here the later ones stand by "
+        "themselves: nobody had seen them when it was decided to run them; and whether their mean "
+        "lies within the interval of the first.",
+        "",
+        f"| claim | setting | the first {MIN_SEEDS} seeds | the others | within |",
+        "|---|---|---|---|---|",
+        *lines,
+    ]
+
+
+def _device(record: dict[str, Any]) -> str:
+    """Where a run was made, and in which precision: "NVIDIA H200 bf16"."""
+    found = record["environment"]
+    return f"{found.get('gpu') or found.get('device', 'cpu')} {found['precision']}"
+
+
 def _key(config: Config) -> str:
     """What runs of one arm have in common: all that decides a result but for rate and seed."""
     settings = flatten(config.portable())
@@ -635,8 +722,5 @@ def _stamps(records: Sequence[dict[str, Any]]) -> str:
     digests = " ".join(dict.fromkeys(f"`{record['config_digest']}`" for record in records))
     commits = ", ".join(dict.fromkeys(str(r["environment"]["commit"]) for r in records))
     images = ", ".join(dict.fromkeys(str(r.get("images_digest")) for r in records))
-    found = [record["environment"] for record in records]
-    devices = ", ".join(
-        dict.fromkeys(f"{e.get('gpu') or e.get('device', 'cpu')} {e['precision']}" for e in found)
-    )
+    devices = ", ".join(dict.fromkeys(map(_device, records)))
     return f"{digests}; code {commits}; images {images}; {devices}"
