@@ -23,7 +23,7 @@ from abe.checkpoint import Best, checkpoints
 from abe.config import Config
 from abe.errors import InputError
 from abe.recipes import RECIPES, get_recipe
-from abe.runtime import read_json, read_json_lines
+from abe.runtime import read_json, read_json_lines, write_json
 from abe.sweep import (
     KEYS,
     Trial,
@@ -197,6 +197,31 @@ def test_the_budget_is_that_of_all_trials_together(
     assert len(run_sweep(SMALL, tmp_path, SILENT, budget=25)) == 3
     assert len(run_sweep(SMALL, tmp_path, SILENT, budget=25)) == 3
     assert len(run_sweep(SMALL, tmp_path, SILENT, budget=35)) == 4
+
+
+def test_what_was_asked_for_tells_a_stopped_sweep_from_a_finished_one(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Quick, "select", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(SMALL, tmp_path, SILENT, trials=2, budget=60)
+    assert read_json(tmp_path / "sweep.json")["asked"] == {"trials": 2, "budget": 60}
+    assert not read_trials(tmp_path / "trials.jsonl")
+    run_sweep(SMALL, tmp_path, SILENT, trials=3)
+    saved = read_json(tmp_path / "sweep.json")
+    assert saved["asked"] == {"trials": 3, "budget": None}
+    run_sweep(SMALL, tmp_path, SILENT, trials=1)  # nothing to train
+    assert read_json(tmp_path / "sweep.json") == saved
+
+
+def test_a_sweep_that_does_not_say_what_was_asked_for_goes_on(quick: None, tmp_path: Path) -> None:
+    run_sweep(SMALL, tmp_path, SILENT, trials=1)
+    saved = read_json(tmp_path / "sweep.json")
+    asked = saved.pop("asked")
+    write_json(tmp_path / "sweep.json", saved)
+    assert len(run_sweep(SMALL, tmp_path, SILENT, trials=2)) == 2
+    assert read_json(tmp_path / "sweep.json") == saved | {"asked": asked | {"trials": 2}}
 
 
 @pytest.mark.parametrize(

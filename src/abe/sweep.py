@@ -1,7 +1,8 @@
 """`abe sweep`: a search for settings that the paper leaves open, on held-out training classes.
 
     <folder>/sweep.json           what is searched: the settings to begin from, the space around
-                                  them, the seed, and the digest of the images
+                                  them, the seed, and the digest of the images; "asked": how
+                                  many trials, and seconds of all, the last call to train wanted
     <folder>/trials.jsonl         a line for each trial that is done
     <folder>/<number>-<digest>/   a trial's run, whose checkpoints go when the trial is done
 
@@ -142,7 +143,8 @@ def run_sweep(
                 splits = trainer.splits  # read once
                 sweep["images"] = splits.digest  # wherever they are
                 _require_same_sweep(folder / SWEEP, sweep)
-                write_json(folder / SWEEP, sweep)
+                asked = {"trials": trials, "budget": budget}
+                write_json(folder / SWEEP, sweep | {"asked": asked})
             recall = _select(trainer, console, go_on)
             trial = Trial(
                 settings=settings,
@@ -310,6 +312,7 @@ def _require_same_sweep(file: Path, sweep: Mapping[str, Any]) -> None:
     if not file.exists():
         return
     saved = read_json(file)
+    saved.pop("asked", None)
     if "images" not in sweep:  # not read yet
         saved.pop("images", None)
     if names := differing([flatten(saved), flatten(sweep)]):
