@@ -22,6 +22,7 @@ from abe.checkpoint import save_checkpoint
 from abe.config import Config, ModelConfig
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
+from abe.losses import ensemble_loss
 from abe.model.backbones import get_backbone, known_backbones
 from abe.model.caffemodel import read_caffemodel
 from abe.model.ensemble import AttentionEnsemble, MHeads
@@ -710,6 +711,32 @@ def test_a_narrow_trunk_starts_from_initial_values():
     torch.manual_seed(7)
     untouched = build_model(config).attention_trunk.state_dict()
     torch.testing.assert_close(trunk.state_dict(), untouched, rtol=0, atol=0)
+
+
+def test_tails_that_begin_with_the_same_weights_part():
+    options = {"network": "m-tails", "num_learners": 2, "embedding_dim": 16}
+    config = Config(seed=7, model=ModelConfig(**options))
+    begin = start(config)
+    assert begin.report.endswith("noise of 0.1 of its deviation on each weight")
+    model, again = begin.model, start(config).model
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    loaded = read_weights("googlenet-mini-imagenet-v2").state["conv2.3x3.weight"]
+    noise = [tail.state_dict()["conv2.3x3.weight"] - loaded for tail in model.spatial]
+    for own in noise:
+        assert own.std().item() == pytest.approx(0.1 * loaded.std().item(), rel=0.02)
+    assert torch.corrcoef(torch.stack([own.flatten() for own in noise]))[0, 1].abs() < 0.02
+
+    images, labels = 50 * torch.randn(8, 3, 64, 64), torch.arange(8) // 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    cosines = []
+    for _ in range(4):
+        embeddings = model(images)
+        cosines.append(embeddings.prod(dim=1).sum(dim=1).mean().item())
+        optimizer.zero_grad()
+        ensemble_loss(embeddings, labels, divergence_weight=1.0).divergence.backward()
+        optimizer.step()
+    assert 0.9 < cosines[0] < 0.999
+    assert cosines[-1] < 0.5
 
 
 # --- Loading into parts --------------------------------------------------------------------------

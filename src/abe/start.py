@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from abe.config import Config
 from abe.data.transforms import Preprocessing
@@ -18,6 +19,8 @@ NETWORKS: dict[str, type[AttentionEnsemble]] = {
     "m-heads+att": MHeadsWithAttention,
     "m-tails": MTails,
 }
+
+TAIL_NOISE = 0.1  # of the deviation of a weight, on each of several S
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ def build_model(config: Config) -> AttentionEnsemble:
 def start(config: Config) -> Start:
     """Build the network with weights drawn from `config.seed`, and load its pretrained start.
 
+    Several S that all began with the same weights before one G would stay the same: alike learners
+    have alike gradients, and that of Eq. 9 is 0 between them. Each gets noise of its own, as the
+    paper's must have had, which does not say what set them apart.
+
     Raises:
         InputError: the weights cannot be read, or do not fit.
     """
@@ -60,10 +67,21 @@ def start(config: Config) -> Start:
     weights = read_weights(config.model.weights)
     report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
     loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
+    told = str(report)
+    if len(model.spatial) > 1:
+        _set_apart(model.spatial)
+        told += f"\nspatial: noise of {TAIL_NOISE:g} of its deviation on each weight"
     return Start(
         model,
         dataclasses.replace(weights.preprocessing or Preprocessing(), resize=resize, crop=crop),
         {"source": weights.source, "sha256": weights.sha256},
         frozenset(name for name, _ in model.named_parameters()) - loaded,
-        str(report),
+        told,
     )
+
+
+@torch.no_grad()
+def _set_apart(copies: nn.ModuleList) -> None:
+    """Add noise to the weights of networks that are alike."""
+    for weight in (each for each in copies.parameters() if each.ndim > 1):
+        weight.add_(TAIL_NOISE * weight.std() * torch.randn_like(weight))
