@@ -35,7 +35,7 @@ from abe.runtime import seconds_of
 from abe.start import build_model
 from abe.train import Trainer
 from abe.verdicts import (
-    cuts,
+    departures,
     judge,
     markdown,
     paper_row,
@@ -136,11 +136,14 @@ def test_columns_of_cub_and_of_cars() -> None:
         assert paper_row(EXPERIMENTS["table4"], arm, title)["R@1"] == recall
 
 
-def test_the_papers_setting_is_cut_nowhere_and_small_says_where() -> None:
-    photographs = full().base.with_overrides(["data.source=cars196", "data.root=data"])
-    assert cuts(photographs) == []
-    assert "train.steps 10000 -> 120" in cuts(small(True).base)
-    assert "data.crop 224 -> 96" in cuts(small(True).base)
+def test_departures_from_the_papers_setting_are_told_of_the_rows_that_make_them() -> None:
+    of_cars = ["data.source=cars196", "data.root=data"]
+    paper = full().base.with_overrides(["protocol=paper", *of_cars])
+    ours = full().base.with_overrides([*of_cars, "train.lr=1", "seed=3", "precision=fp32"])
+    assert departures([("all", paper, ours)]) == ["protocol paper -> val"]
+    cut = ours.with_overrides(["train.batch_size=24"])
+    told = ["protocol paper -> val", "train.batch_size 64 -> 24 (b, c)"]
+    assert departures([("a", paper, ours), ("b", paper, cut), ("c", paper, cut)]) == told
 
 
 def test_fig7_is_three_panels_and_unknown_names_have_a_neighbour() -> None:
@@ -323,13 +326,15 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
     claim = str(claim_of_page)
     short, line = [line for line in page.splitlines() if line.startswith(f"| {claim} |")]
     assert short == f"| {claim} | shown {judge(claim_of_page, rows_of(arms, found)).mean} |"
-    setting = "birds, `small`: 120 steps from start 0123456789ab, of 64 images at 96 px"
+    setting = (
+        "birds, `small`, protocol `val`: 120 steps from start 0123456789ab, of 64 images at 96 px"
+    )
     assert f"- A: {setting}; images {'1' * 12}\n\n| claim | A |\n" in page
     assert "**shown**" in line
     assert line.startswith(f"| {claim} | +15.5 (ABE-8^512) | birds")
     assert "A picture, no figures: `abe reproduce fig6 --scale small --data FOLDER`." in page
     for stamp in (
-        "birds, `small`: 120 steps from start 0123456789ab, of 64 images at 96 px",
+        "birds, `small`, protocol `val`: 120 steps from start 0123456789ab, of 64 images at 96 px",
         "c0ffee",
         "cpu bf16",
         "0123456789ab",
@@ -439,7 +444,7 @@ def test_a_page_has_runs_of_both_scales() -> None:
     for network in ("ABE-8^512", "ABE-4^512"):
         (line,) = [x for x in section.splitlines() if f"above that of {network} |" in x]
         assert line.endswith("| as under table2 | |")
-    assert page.count("`full`: 10000 steps") > 1
+    assert page.count("`full`, protocol `val`: 10000 steps") > 1
 
 
 def test_a_claim_is_not_run_at_the_scale_that_others_of_its_kind_are_run_at() -> None:
@@ -497,9 +502,9 @@ def test_networks_that_saw_other_batches_are_said_to_have() -> None:
     page = results_page(runs)
     start = "120 steps from start 0123456789ab, of"
     told = f"{start} 64 images at 96 px, against {start} 32 images at 96 px"
-    assert f": birds, `small`: {told}; images" in page.partition("| claim |")[0]
+    assert f": birds, `small`, protocol `val`: {told}; images" in page.partition("| claim |")[0]
     (_, line) = [x for x in page.splitlines() if x.startswith(f"| {claim} |")]
-    assert f"| birds, `small`: {told} |" in line
+    assert f"| birds, `small`, protocol `val`: {told} |" in line
 
 
 def test_a_page_of_nothing_judged_has_no_columns() -> None:
@@ -731,8 +736,29 @@ def test_a_rate_that_diverged_is_behind_those_that_did_not(planned: Reproduction
     has_found(planned, arm, {(0.01, 5): 0.9, (0.3, 5): None})
     has_found(planned, arm, {(0.01, 6): 0.9, (0.3, 6): None})
     assert left_of(planned, arm) == [(0.01, 7)]
+    has_found(planned, arm, {(0.01, 7): 0.1, (0.3, 7): 1.0})  # another process had begun it
     table, *_ = planned.write("table2", EXPERIMENTS["table2"])
-    assert "2 of 12 runs diverged." in table.read_text()
+    assert "2 of 12 runs diverged: their rates" in table.read_text()
+    assert f"| {arm} | 3 | 0.01 |" in table.read_text()
+
+
+def test_a_table_tells_its_protocol_and_rates_at_the_edge(planned: Reproduction) -> None:
+    first, second = (arm.name for arm in EXPERIMENTS["table2"].arms(2))
+    planned.scale = replace(planned.scale, rates=(0.01, 0.03, 0.3))
+    has_found(planned, first, {(0.01, 5): 0.4, (0.03, 5): 0.5, (0.3, 5): 0.4})
+    has_found(planned, second, {(0.01, 5): 0.4, (0.03, 5): 0.5, (0.3, 5): 0.6})
+    table, values, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    text = table.read_text()
+    assert "Protocol `val`: checkpoints and rates are chosen by held-out training classes." in text
+    assert f"another may be better: {second}: 0.3 of 0.01, 0.03, 0.3." in text
+    assert "protocol paper -> val" in text
+    (row, _) = csv.DictReader(values.read_text().splitlines())
+    assert row["protocol"] == "val"
+    paper = planned.scale.base.with_overrides(["protocol=paper"])
+    planned.scale = replace(planned.scale, base=paper)
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert "chosen by the test images, which flatters." in table.read_text()
+    assert "protocol paper" not in table.read_text()
 
 
 @pytest.mark.parametrize("name", ["fig7a", "fig7b", "protocol"])
@@ -1017,6 +1043,15 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
             ["losses", "table2", "--rate=0.1", "--row=1-head^512, Eq. 10 balanced"],
             "--rate has no effect on 1-head^512, Eq. 10 balanced: leave it out: its rates",
         ),
+        (
+            ["table2", "--set=model.num_learners=8"],
+            "--set model.num_learners has no effect on table2: each row has its own",
+        ),
+        (
+            ["losses", "--row=1-head^512, Eq. 10 balanced", "--set=train.normalization=sum"],
+            "--set train.normalization has no effect on 1-head^512, Eq. 10 balanced: each row",
+        ),
+        (["table4", "--root=data"], "Of cub200; for the others give --data cars196."),
         (["table2", "--row=ABE-3"], "--row ABE-3: the rows are ABE-4^512; ABE-4^512 without L_div"),
     ],
 )

@@ -479,7 +479,7 @@ def reproduce(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...", help="table1 ... table8, fig4 ... fig7, losses or protocol."
+            metavar="NAME...", help="table1 ... table8, fig4 ... fig7, width, losses or protocol."
         ),
     ],
     data: Annotated[
@@ -536,7 +536,7 @@ def reproduce(
     """Repeat tables and figures of the paper on your images.
 
     Every row has the same steps and chooses its rate by held-out classes, in the mean over the
-    seeds; those of fig7a, fig7b and protocol have the recipe's, those of fig7c one for each loss.
+    seeds; those of fig7a, fig7b, width and protocol have the recipe's, of fig7c one for each loss.
     An interrupted or exhausted budget goes on when the same command is given again; rows that the
     results file has are not run again. Writes Markdown, CSV and a picture.
     """
@@ -555,17 +555,28 @@ def reproduce(
         if others:
             raise InputError(f"these are of several benchmarks: --data {' or '.join(own)}")
         data = first
+        if others := [f"--data {name}" for name in own if name != data]:
+            err.print(f"Of {data}; for the others give {' or '.join(others)}.", highlight=False)
     if scale == "full" and data is None:
         raise InputError(f"--scale full needs photographs: --data {' or '.join(own)} --root FOLDER")
     chosen = full() if scale == "full" else small(data is not None)
     options: dict[str, set[str | None]] = {}  # of each row, what changes its rates
+    settled: dict[str, set[str]] = {}  # and what no --set changes
     for each in experiments.values():
         for arm in each.arms(chosen.learners):
             options.setdefault(arm.name, set()).add(each.rates_option(arm))
+            keys = {setting.partition("=")[0] for setting in arm.settings}
+            settled[arm.name] = settled.get(arm.name, keys) & keys
     if unknown := [row for row in rows or () if row not in options]:
         raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(options)}")
     effective = set().union(*(options[row] for row in rows or options)) - {None}
-    of_set = any(setting.partition("=")[0].strip() == "train.lr" for setting in overrides or ())
+    changed = [setting.partition("=")[0].strip() for setting in overrides or ()]
+    for key in changed:
+        if all(key in settled[row] for row in rows or options):
+            raise InputError(
+                f"--set {key} has no effect on {'; '.join(rows or names)}: each row has its own"
+            )
+    of_set = "train.lr" in changed
     for given, option in ((rates, "--rate"), (of_set, "--set train.lr")):
         if given and option not in effective:
             instead = " or ".join(f"{each}=RATE" for each in effective)

@@ -309,6 +309,7 @@ def _lambdas(most: int) -> tuple[Arm, ...]:
     )
 
 
+WIDTHS = ("0.25", "0.5", "1", "2")
 DEPTHS = ("1", "2", "3", "4", "5", "6", "7")
 BRANCH_POINTS = ("pool2", "inception_3a", "inception_3b", "pool3", "inception_4a", "inception_4b")
 LAMBDAS = ("0", "0.01", "0.1", "1", "10")
@@ -418,7 +419,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         anywhere=False,
     ),
     "table5": Experiment(
-        "ABE-M on cropped images",
+        "ABE-M on cropped images, which keep their aspect ratio; the paper's of CARS do not",
         _growing(512),
         _growing_claims,
         ("cub200-cropped", "cars196-cropped"),
@@ -479,6 +480,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         "the divergence loss's weight, with Eq. 10 as printed and balanced",
         _lambdas,
         lambda most: _lambdas_peak("1")(most) + _lambdas_peak("0.1", ", balanced")(most),
+        tuned=False,
+    ),
+    "width": Experiment(
+        "channels of the attention trunk; other numbers than G's start from random weights (not in "
+        "the paper)",
+        _varied("model.attention_width", WIDTHS, own="1"),
+        _peak("attention_width 1", tuple(f"attention_width {w}" for w in WIDTHS if w != "1")),
         tuned=False,
     ),
     "losses": Experiment(

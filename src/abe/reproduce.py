@@ -25,7 +25,7 @@ from abe.config import Config
 from abe.data.splits import Splits, open_splits
 from abe.errors import TakenError
 from abe.evaluate import evaluate_baselines
-from abe.experiments import Arm, Experiment, Scale
+from abe.experiments import Arm, Experiment, Scale, full
 from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
@@ -41,9 +41,11 @@ from abe.runtime import (
 from abe.start import build_model
 from abe.train import DivergedError, Trainer, with_batches_that_fit
 from abe.verdicts import (
+    PAPERS_LEARNERS,
+    Row,
     counts,
     csv_text,
-    cuts,
+    departures,
     judge,
     markdown,
     papers_images,
@@ -51,6 +53,11 @@ from abe.verdicts import (
     values_of,
 )
 
+_CHOSEN_BY = {
+    "val": "checkpoints and rates are chosen by held-out training classes",
+    "both": "checkpoints and rates are chosen by held-out training classes",
+    "paper": "checkpoints and rates are chosen by the test images, which flatters",
+}
 DIVERGED = "diverged.txt"  # in the folder of a run that is not tried again
 
 
@@ -203,6 +210,11 @@ class Reproduction:
             elif is_baseline(record) and digest == of_baselines:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
+        left = self._left(runs)
+        unstable = {(run.arm.name, run.config.train.lr) for run in left["diverged"]}
+        for arm_name, own in records.items():
+            stable = [r for r in own if (arm_name, r["config"]["train"]["lr"]) not in unstable]
+            records[arm_name] = stable or own
         arms = experiment.arms(self.scale.learners)
         rows = rows_of([*baselines.values(), *arms], records)
         judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
@@ -210,25 +222,27 @@ class Reproduction:
         values = [values_of(experiment, row, data, base) for row in rows]
         stem = self.folder / f"{name}-{data.replace(' ', '-')}-{self.scale_name}"
         files = [stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")]
-        left = self._left(runs)
         notes = {
             "missing": f"{len(left['missing'])} of {len(runs)} runs are missing.",
-            "diverged": f"{len(left['diverged'])} of {len(runs)} runs diverged.",
+            "diverged": f"{len(left['diverged'])} of {len(runs)} runs diverged: their rates are "
+            "chosen only where there is no other.",
             "given up": f"{len(left['given up'])} of {len(runs)} runs are not needed: with other "
             "seeds their rates were clearly behind on held-out classes.",
         }
         text = [
             f"# {name}: {experiment.title}",
             f"{data}, in percent, with the 95 % interval over seeds and queries; what is said to "
-            f"be the paper's is of {papers_images(experiment, data)}."
+            f"be the paper's is of {papers_images(experiment, data)}. Protocol `{base.protocol}`: "
+            f"{_CHOSEN_BY[base.protocol]}."
             + f" All rows have the recipe's rate, {base.train.lr:g}."
             * (not experiment.tuned and not any(arm.rates for arm in arms)),
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             *(note for state, note in notes.items() if left[state]),
-            "Cut from the paper's setting: "
-            + ("; ".join(self.cuts(experiment)) or "nothing")
-            + ".",
+            *_at_the_edge(rows),
+            "Departs from the paper's setting: "
+            + ("; ".join(self.departures(experiment)) or "nowhere")
+            + ". The paper gives no rate, length or weight decay: those of `full` are ours.",
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(files[0], "\n\n".join(part for part in text if part) + "\n")
@@ -243,14 +257,20 @@ class Reproduction:
             files.append(picture)
         return files
 
-    def cuts(self, experiment: Experiment) -> list[str]:
-        """Where this scale is smaller than the paper, on these images."""
-        found = cuts(self.scale.base)
-        ours = {arm.name for arm in experiment.arms(self.scale.learners)}
-        paper = {arm.name for arm in experiment.arms(8)}
-        if gone := sorted(paper - ours):
-            found.append(f"{', '.join(gone)} -> {', '.join(sorted(ours - paper))}")
-        return found
+    def departures(self, experiment: Experiment) -> list[str]:
+        """Where what is run here differs from the paper's setting."""
+        paper, chosen = full().base.with_overrides(["protocol=paper"]), self.scale
+        pairs = zip(experiment.arms(PAPERS_LEARNERS), experiment.arms(chosen.learners), strict=True)
+        return departures(
+            [
+                (
+                    arm.name,
+                    paper.with_overrides(theirs.settings),
+                    self._configs(arm, experiment.rates(arm, chosen)[:1], chosen.base.seed)[0],
+                )
+                for theirs, arm in pairs
+            ]
+        )
 
     def speed(self) -> float:
         """GFLOP a second of a step, measured: of a small network on a processor, to be quick."""
@@ -373,6 +393,21 @@ class Reproduction:
             images = 3 * train.steps * train.batch_size + evaluations * scored + tested
             self._gflops[arm] = 2 * macs * images / 1e9
         return self._gflops[arm]
+
+
+def _at_the_edge(rows: Sequence[Row]) -> list[str]:
+    """Which rows chose the lowest or highest rate that they tried: another might be better."""
+    edges = {
+        row.arm.name: f"{rate:g} of {', '.join(f'{each:g}' for each in row.found.rates)}"
+        for row in rows
+        if row.found is not None and len(row.found.rates) > 1
+        if (rate := row.found.record["config"]["train"]["lr"])
+        in (row.found.rates[0], row.found.rates[-1])
+    }
+    told = "; ".join(f"{name}: {edge}" for name, edge in edges.items())
+    return (
+        [f"At the edge of the rates tried, so that another may be better: {told}."] if told else []
+    )
 
 
 def reproduce(

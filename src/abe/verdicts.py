@@ -286,6 +286,7 @@ def values_of(experiment: Experiment, row: Row, data: str, base: Config) -> dict
         record, interval = row.found.record, row.interval()
         assert interval is not None
         values |= {
+            "protocol": record["protocol"],
             "seeds": row.found.seeds,
             "rate": None if is_baseline(record) else record["config"]["train"]["lr"],
             "rates tried": 0 if is_baseline(record) else len(row.found.rates),
@@ -392,12 +393,26 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def cuts(base: Config) -> list[str]:
-    """Where what runs begin from differs from the paper's setting: "train.steps 10000 -> 120"."""
-    settings = [flatten(full().base.portable()), flatten(base.portable())]
-    chosen = ("recipe", "train.lr", "precision", "seed", "data.source")  # no cuts, or listed apart
-    names = [n for n in differing(settings) if n not in chosen and "synthetic" not in n]
-    return [f"{name} {settings[0].get(name)} -> {settings[1].get(name)}" for name in names]
+def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
+    """Where rows differ from the paper's setting: "train.steps 10000 -> 120".
+
+    What not all of them do has the names of those that do behind it.
+
+    Args:
+        rows: of each its name, the paper's configuration and ours.
+    """
+    changes: dict[str, list[str]] = {}
+    for row, theirs, ours in rows:
+        paper, own = (flatten(config.portable()) for config in (theirs, ours))
+        for name in differing([paper, own]):
+            # Chosen, listed apart, or of what is drawn.
+            if name not in ("recipe", "train.lr", "precision", "seed", "data.source"):
+                changes.setdefault(f"{name} {paper.get(name)} -> {own.get(name)}", []).append(row)
+    return [
+        change + f" ({', '.join(named)})" * (len(named) < len(rows))
+        for change, named in changes.items()
+        if not change.startswith("data.synthetic")
+    ]
 
 
 def results_page(records: Iterable[dict[str, Any]]) -> str:
@@ -552,15 +567,15 @@ def _section(name: str, all_told: Sequence[_Told], first: Mapping[str, str]) -> 
 
 _PAGE_HEAD = """# Results
 
-Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and
-from nothing else. A claim is the paper's, of its own images and setting, but for those of
-`losses`, of `protocol` and of the balanced loss in `fig7c`, which are ours; the figures are ours,
-of the setting in the same line: the difference of the two means in points of Recall@1, with its
-95 % interval over classes and seeds in pairs, or of learners' recall, cosines and what test
-images pick over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said
-to be similar or not above, within 1 point (cosines: 0.02). Refuted: all of it is on the other side.
-Fewer than 3 seeds leave a claim open. Each verdict is by itself: of 40 claims of things that do not
-differ, one would be shown by chance, and another refuted. The bootstrap over classes and seeds
+Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and from
+nothing else. A claim is the paper's, of its own images and setting, but for those of `losses`,
+`protocol`, `width` and of the balanced loss in `fig7c`, which are ours; the figures are ours, of
+the setting in the same line: the difference of the two means in points of Recall@1, with its 95 %
+interval over classes and seeds in pairs, or of learners' recall, cosines and what test images pick
+over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said to be
+similar or not above, within 1 point (cosines: 0.02). Refuted: all of it is on the other side.
+Fewer than 3 seeds leave a claim open. Each verdict is by itself: of 40 claims of things that do
+not differ, one would be shown by chance, and another refuted. The bootstrap over classes and seeds
 stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in pairs
 have the same seed, and where only the network or the loss differs the same batches, but not always
 the same device and precision: the last column names these, docs/protocol.md tells how far they set
@@ -614,8 +629,9 @@ class _Told:
     @property
     def setting(self) -> str:
         """The images, the scale and how the networks were trained."""
+        data, protocol = data_title(self.runs[0]["data"]), self.runs[0]["protocol"]
         schedules = ", against ".join(dict.fromkeys(map(schedule, self.runs)))
-        return f"{data_title(self.runs[0]['data'])}, `{self.scale}`: {schedules}"
+        return f"{data}, `{self.scale}`, protocol `{protocol}`: {schedules}"
 
     @property
     def line(self) -> str:
