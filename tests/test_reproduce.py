@@ -1025,7 +1025,7 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
         (["table1", "table6", "--root=data"], "several benchmarks: --data cars196 or sop"),
         (
             ["fig7", "--rate=0.1"],
-            "--rate has no effect on fig7: leave it out, or give --set train.lr=RATE",
+            "--rate has no effect on fig7a; fig7b; fig7c: leave it out, or give --set train.lr=",
         ),
         (
             ["losses", "--rate=0.1"],
@@ -1045,11 +1045,11 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
         ),
         (
             ["table2", "--set=model.num_learners=8"],
-            "--set model.num_learners has no effect on table2: each row has its own",
+            "--set model.num_learners has no effect on table2: leave it out, each row has its own",
         ),
         (
             ["losses", "--row=1-head^512, Eq. 10 balanced", "--set=train.normalization=sum"],
-            "--set train.normalization has no effect on 1-head^512, Eq. 10 balanced: each row",
+            "--set train.normalization has no effect on 1-head^512, Eq. 10 balanced: leave it out,",
         ),
         (["table4", "--root=data"], "Of cub200; for the others give --data cars196."),
         (["table2", "--row=ABE-3"], "--row ABE-3: the rows are ABE-4^512; ABE-4^512 without L_div"),

@@ -542,7 +542,7 @@ def reproduce(
     """
     from dataclasses import replace
 
-    from abe.experiments import full, get_experiments, small
+    from abe.experiments import check_changes, full, get_experiments, small
     from abe.reproduce import Reproduction, dry_run
     from abe.reproduce import reproduce as run
     from abe.runtime import seconds_of, typed
@@ -560,30 +560,7 @@ def reproduce(
     if scale == "full" and data is None:
         raise InputError(f"--scale full needs photographs: --data {' or '.join(own)} --root FOLDER")
     chosen = full() if scale == "full" else small(data is not None)
-    options: dict[str, set[str | None]] = {}  # of each row, what changes its rates
-    settled: dict[str, set[str]] = {}  # and what no --set changes
-    for each in experiments.values():
-        for arm in each.arms(chosen.learners):
-            options.setdefault(arm.name, set()).add(each.rates_option(arm))
-            keys = {setting.partition("=")[0] for setting in arm.settings}
-            settled[arm.name] = settled.get(arm.name, keys) & keys
-    if unknown := [row for row in rows or () if row not in options]:
-        raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(options)}")
-    effective = set().union(*(options[row] for row in rows or options)) - {None}
-    changed = [setting.partition("=")[0].strip() for setting in overrides or ()]
-    for key in changed:
-        if all(key in settled[row] for row in rows or options):
-            raise InputError(
-                f"--set {key} has no effect on {'; '.join(rows or names)}: each row has its own"
-            )
-    of_set = "train.lr" in changed
-    for given, option in ((rates, "--rate"), (of_set, "--set train.lr")):
-        if given and option not in effective:
-            instead = " or ".join(f"{each}=RATE" for each in effective)
-            raise InputError(
-                f"{option} has no effect on {'; '.join(rows or names)}: leave it out"
-                + (f", or give {instead}" if instead else ": its rates are its own")
-            )
+    check_changes(experiments, chosen.learners, rows=rows, rates=rates, overrides=overrides)
     settings = _settings(
         overrides,
         data=data,

@@ -7,7 +7,7 @@ and what the paper says of them as `Claim`s. `abe.reproduce` runs them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -518,3 +518,49 @@ def get_experiments(name: str) -> dict[str, Experiment]:
             f"there is no experiment {name!r}: {hint}use one of {', '.join(EXPERIMENTS)}"
         )
     return found
+
+
+def check_changes(
+    experiments: Mapping[str, Experiment],
+    learners: int,
+    *,
+    rows: Collection[str] | None = None,
+    rates: Collection[float] | None = None,
+    overrides: Collection[str] | None = None,
+) -> None:
+    """Refuse rows that there are not, and rates and settings that none of the rows would take.
+
+    Args:
+        experiments: those to run, by their names.
+        learners: of a scale.
+        rows: names of those to run; all by default.
+        rates: to choose from, if given.
+        overrides: "key=value", for all rows.
+
+    Raises:
+        InputError: which is refused, and what to do instead.
+    """
+    options: dict[str, set[str | None]] = {}  # of each row, what changes its rates
+    settled: dict[str, set[str]] = {}  # and what it sets itself
+    for experiment in experiments.values():
+        for arm in experiment.arms(learners):
+            options.setdefault(arm.name, set()).add(experiment.rates_option(arm))
+            keys = {setting.partition("=")[0] for setting in arm.settings}
+            settled[arm.name] = settled.get(arm.name, keys) & keys
+    if unknown := [row for row in rows or () if row not in options]:
+        raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(options)}")
+    chosen, named = rows or options, "; ".join(rows or experiments)
+    changed = [setting.partition("=")[0].strip() for setting in overrides or ()]
+    for key in changed:
+        if all(key in settled[row] for row in chosen):
+            raise InputError(
+                f"--set {key} has no effect on {named}: leave it out, each row has its own"
+            )
+    effective = set().union(*(options[row] for row in chosen)) - {None}
+    for given, option in ((rates, "--rate"), ("train.lr" in changed, "--set train.lr")):
+        if given and option not in effective:
+            instead = " or ".join(f"{each}=RATE" for each in effective)
+            raise InputError(
+                f"{option} has no effect on {named}: leave it out"
+                + (f", or give {instead}" if instead else ": its rates are its own")
+            )

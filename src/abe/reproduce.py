@@ -231,7 +231,7 @@ class Reproduction:
         }
         text = [
             f"# {name}: {experiment.title}",
-            f"{data}, in percent, with the 95 % interval over seeds and queries; what is said to "
+            f"{data}, in percent, with the 95 % interval over seeds and classes; what is said to "
             f"be the paper's is of {papers_images(experiment, data)}. Protocol `{base.protocol}`: "
             f"{_CHOSEN_BY[base.protocol]}."
             + f" All rows have the recipe's rate, {base.train.lr:g}."
