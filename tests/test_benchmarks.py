@@ -24,6 +24,7 @@ from abe.data.splits import open_splits
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.evaluate import evaluate_test, raw_pixels
+from abe.intervals import unpack_classes
 from abe.report.html import write_report
 from abe.results import append_record, markdown_table, scores_table, summarize
 from abe.runtime import read_json_lines
@@ -1111,6 +1112,8 @@ def test_queries_are_scored_against_the_gallery(paint, tmp_path):
     assert scores["recall@1"] == hits[1] / 18
     assert scores["recall@10"] == hits[10] / 18
     assert list(scores) == ["recall@1", "recall@10", "map@r", "r_precision"]
+    _, classes = np.unique(splits.test.labels, return_inverse=True)
+    assert unpack_classes(record["scores"]["hits@1"]["classes"]).tolist() == classes.tolist()
 
 
 @pytest.mark.slow

@@ -12,10 +12,17 @@ from abe.data.splits import open_splits
 from abe.data.synthetic import SyntheticVehicles
 from abe.data.transforms import Preprocessing
 from abe.evaluate import embed, evaluate_baselines, pair_cosines, raw_pixels, score, similarity
+from abe.intervals import unpack_classes
 from abe.metrics import recall_at_k
 from abe.model import AttentionEnsemble, concat
 
 CPU = torch.device("cpu")
+TINY = Config(
+    device="cpu",
+    precision="fp32",
+    model=ModelConfig(num_learners=2, embedding_dim=8),
+    data=DataConfig(resize=48, crop=40, synthetic_classes=8, synthetic_images=3),
+).with_overrides(["data.val_classes=0.5"])
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +98,7 @@ def test_raw_pixels_are_the_shrunk_image() -> None:
 
 
 def test_baselines_are_pixels_and_the_start() -> None:
-    config = Config(
-        device="cpu",
-        precision="fp32",
-        model=ModelConfig(num_learners=2, embedding_dim=8),
-        data=DataConfig(resize=48, crop=40, synthetic_classes=8, synthetic_images=3),
-    ).with_overrides(["data.val_classes=0.5"])
-    baselines = evaluate_baselines(config, open_splits(config.data, config.protocol))
+    baselines = evaluate_baselines(TINY, open_splits(TINY.data, TINY.protocol))
     assert list(baselines) == ["raw pixels", "pretrained start"]
     record, embeddings, _ = baselines["pretrained start"]
     assert embeddings.shape == (12, 1, 1024)
@@ -108,6 +109,19 @@ def test_baselines_are_pixels_and_the_start() -> None:
     assert embeddings.shape == (12, 1, 3 * 32 * 32)
     assert record["weights"] is None
     assert record["selected_step"] is None
+    classes = unpack_classes(record["scores"]["hits@1"]["classes"])
+    assert classes.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_the_pretrained_start_of_tails_is_scored_without_their_noise() -> None:
+    splits = open_splits(TINY.data, TINY.protocol)
+    of_heads, of_tails = (
+        evaluate_baselines(TINY.with_overrides([f"model.network={name}"]), splits)
+        for name in ("m-heads", "m-tails")
+    )
+    torch.testing.assert_close(
+        of_tails["pretrained start"].embeddings, of_heads["pretrained start"].embeddings
+    )
 
 
 @pytest.mark.parametrize("sizes", [[1200, 1200], [5] * 4000, [2000, 3, 3], [30] * 100])

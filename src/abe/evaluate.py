@@ -176,7 +176,7 @@ def evaluate_baselines(config: Config, splits: Splits) -> dict[str, Evaluation]:
     Raises:
         InputError: the weights of the configuration cannot be used.
     """
-    begin = start(config)
+    begin = start(config, apart=False)
     model = begin.model.to(choose_device(config.device)).eval()
     embedders: dict[str, Embedder] = {"raw pixels": raw_pixels}
     if begin.origin is not None:

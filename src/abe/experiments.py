@@ -23,6 +23,7 @@ Quantity = Literal[
 
 PICKED: Quantity = "recall@1 picked by test images"
 WITHOUT_DIVERGENCE = "train.divergence_weight=0"
+_NETWORK = ("model.network", "model.num_learners", "model.embedding_dim")
 SIMILAR = 0.01  # what the paper calls similar is apart by less: one point of Recall@1
 ALIKE = 0.02  # of cosines
 
@@ -85,6 +86,8 @@ class Experiment:
         table: which of the paper's tables has its figures.
         picture: what is drawn of it.
         anywhere: whether its claims are also of other images than the paper's.
+        varied: the setting that its rows differ in, if it is one.
+        ours: whether the paper has nothing like it.
         tuned: whether every row chooses its rate; else all have the recipe's, as where one setting
             is varied "keeping others fixed" (section 6.3), but for rows with rates of their own.
     """
@@ -96,6 +99,8 @@ class Experiment:
     table: str | None = None
     picture: Literal["scores", "costs", "cosines", "masks"] = "scores"
     anywhere: bool = True
+    varied: str | None = None
+    ours: bool = False
     tuned: bool = True
 
     def rates(self, arm: Arm, scale: Scale) -> tuple[float, ...]:
@@ -105,6 +110,24 @@ class Experiment:
     def rates_option(self, arm: Arm) -> str | None:
         """The option of `abe reproduce` that changes `rates`; None where the arm has its own."""
         return None if arm.rates else "--rate" if self.tuned else "--set train.lr"
+
+    def settled(self, arm: Arm) -> set[str]:
+        """The settings that are an arm's own, whatever is asked for all."""
+        varied = {self.varied} if self.varied else set()
+        return {setting.partition("=")[0] for setting in arm.settings} | varied
+
+    def papers_settings(self, arm: Arm) -> list[str]:
+        """Those of an arm that the paper has for it: of ours the network alone.
+
+        Args:
+            arm: with 8 learners where the paper has as many.
+        """
+        return [
+            setting
+            for setting in arm.settings
+            if setting.partition("=")[0] in _NETWORK
+            or not (self.ours or setting.startswith("train.normalization="))
+        ]
 
 
 @dataclass(frozen=True)
@@ -466,6 +489,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "inception blocks in the attention trunk",
         _varied("model.attention_depth", DEPTHS, own="5"),
         _peak("attention_depth 5", tuple(f"attention_depth {n}" for n in DEPTHS if n != "5")),
+        varied="model.attention_depth",
         tuned=False,
     ),
     "fig7b": Experiment(
@@ -474,6 +498,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         _peak(
             "branch_point pool3", tuple(f"branch_point {p}" for p in BRANCH_POINTS if p != "pool3")
         ),
+        varied="model.branch_point",
         tuned=False,
     ),
     "fig7c": Experiment(
@@ -487,18 +512,22 @@ EXPERIMENTS: dict[str, Experiment] = {
         "the paper)",
         _varied("model.attention_width", WIDTHS, own="1"),
         _peak("attention_width 1", tuple(f"attention_width {w}" for w in WIDTHS if w != "1")),
+        varied="model.attention_width",
+        ours=True,
         tuned=False,
     ),
     "losses": Experiment(
         "how much of ABE-M's gain other losses and mini-batches leave (not in the paper)",
         _losses,
         _losses_claims,
+        ours=True,
     ),
     "protocol": Experiment(
         "how much higher is the best test score of a run, which is never the lower one, than that "
         "of the checkpoint that held-out classes pick (not in the paper)",
         _protocols,
         _protocols_claims,
+        ours=True,
         tuned=False,
     ),
 }
@@ -545,8 +574,8 @@ def check_changes(
     for experiment in experiments.values():
         for arm in experiment.arms(learners):
             options.setdefault(arm.name, set()).add(experiment.rates_option(arm))
-            keys = {setting.partition("=")[0] for setting in arm.settings}
-            settled[arm.name] = settled.get(arm.name, keys) & keys
+            own = experiment.settled(arm)
+            settled[arm.name] = settled.get(arm.name, own) & own
     if unknown := [row for row in rows or () if row not in options]:
         raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(options)}")
     chosen, named = rows or options, "; ".join(rows or experiments)

@@ -232,14 +232,14 @@ class Reproduction:
         text = [
             f"# {name}: {experiment.title}",
             f"{data}, in percent, with the 95 % interval over seeds and classes; what is said to "
-            f"be the paper's is of {papers_images(experiment, data)}. Protocol `{base.protocol}`: "
-            f"{_CHOSEN_BY[base.protocol]}."
+            f"be the paper's is of {papers_images(experiment, data)}. "
+            f"{_protocol(runs)}."
             + f" All rows have the recipe's rate, {base.train.lr:g}."
             * (not experiment.tuned and not any(arm.rates for arm in arms)),
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             *(note for state, note in notes.items() if left[state]),
-            *_at_the_edge(rows),
+            *_at_the_edge(rows, runs),
             "Departs from the paper's setting: "
             + ("; ".join(self.departures(experiment)) or "nowhere")
             + ". The paper gives no rate, length or weight decay: those of `full` are ours.",
@@ -265,7 +265,7 @@ class Reproduction:
             [
                 (
                     arm.name,
-                    paper.with_overrides(theirs.settings),
+                    paper.with_overrides(experiment.papers_settings(theirs)),
                     self._configs(arm, experiment.rates(arm, chosen)[:1], chosen.base.seed)[0],
                 )
                 for theirs, arm in pairs
@@ -395,15 +395,21 @@ class Reproduction:
         return self._gflops[arm]
 
 
-def _at_the_edge(rows: Sequence[Row]) -> list[str]:
-    """Which rows chose the lowest or highest rate that they tried: another might be better."""
-    edges = {
-        row.arm.name: f"{rate:g} of {', '.join(f'{each:g}' for each in row.found.rates)}"
-        for row in rows
-        if row.found is not None and len(row.found.rates) > 1
-        if (rate := row.found.record["config"]["train"]["lr"])
-        in (row.found.rates[0], row.found.rates[-1])
-    }
+def _protocol(runs: Sequence[Run]) -> str:
+    """By what checkpoints and rates are chosen: "Protocol `val`: ..."."""
+    protocols = dict.fromkeys(run.config.protocol for run in runs)
+    return "; ".join(f"Protocol `{each}`: {_CHOSEN_BY[each]}" for each in protocols)
+
+
+def _at_the_edge(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
+    """Which rows chose the lowest or highest of the rates they can have: another may be better."""
+    edges = {}
+    for row in rows:
+        rates = sorted({run.config.train.lr for run in runs if run.arm == row.arm})
+        if row.found is not None and len(rates) > 1:
+            chosen = row.found.record["config"]["train"]["lr"]
+            if chosen in (rates[0], rates[-1]):
+                edges[row.arm.name] = f"{chosen:g} of {', '.join(f'{each:g}' for each in rates)}"
     told = "; ".join(f"{name}: {edge}" for name, edge in edges.items())
     return (
         [f"At the edge of the rates tried, so that another may be better: {told}."] if told else []

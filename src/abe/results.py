@@ -176,7 +176,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             markdown_table(summarize([record]))
             Config.from_json(record["config"])
             float(record["selection_recall@1"] or 0)
-            if hits := record["scores"].get("hits@1"):
+            if "hits@1" in record["scores"]:
+                hits = record["scores"]["hits@1"]
                 queries = len(unpack(hits))
                 if "classes" in hits and len(unpack_classes(hits["classes"])) != queries:
                     raise ValueError(f"classes of other queries than the {queries}")

@@ -48,12 +48,16 @@ def build_model(config: Config) -> AttentionEnsemble:
     return NETWORKS[config.model.network](**settings)
 
 
-def start(config: Config) -> Start:
+def start(config: Config, *, apart: bool = True) -> Start:
     """Build the network with weights drawn from `config.seed`, and load its pretrained start.
 
     Several S that all began with the same weights before one G would stay the same: alike learners
     have alike gradients, and that of Eq. 9 is 0 between them. Each gets noise of its own, as the
     paper's must have had, which does not say what set them apart.
+
+    Args:
+        config: of the run.
+        apart: False leaves several S without the noise, as the weights are.
 
     Raises:
         InputError: the weights cannot be read, or do not fit.
@@ -68,7 +72,7 @@ def start(config: Config) -> Start:
     report = load_pretrained(model.backbone_parts(), weights, model.new_parts())
     loaded = {f"{part}.{key}" for part, keys in report.loaded.items() for key in keys}
     told = str(report)
-    if len(model.spatial) > 1:
+    if apart and len(model.spatial) > 1:
         _set_apart(model.spatial)
         told += f"\nspatial: noise of {TAIL_NOISE:g} of its deviation on each weight"
     return Start(

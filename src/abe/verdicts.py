@@ -96,14 +96,10 @@ class Row:
     def interval(self) -> Interval | None:
         """Of Recall@1, over seeds and classes."""
         samples = self.samples("recall@1")
-        if not samples:
+        pairs = _of_one_order(samples)
+        if not pairs:
             return None
-        return crossed(np.stack(list(samples.values())), self.classes(samples))
-
-    def classes(self, pairs: Collection[tuple[int, str]]) -> NDArray[np.int32] | None:
-        """Of each query of runs in `samples`; None if their records do not say it."""
-        hits = self.runs_of(pairs)[0]["scores"]["hits@1"]
-        return unpack_classes(hits["classes"]) if "classes" in hits else None
+        return crossed(np.stack([samples[pair] for pair in pairs]), _classes(self.runs_of(pairs)))
 
 
 @dataclass(frozen=True)
@@ -186,12 +182,27 @@ def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]
     return rows
 
 
+def _of_one_order(pairs: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The seeds whose runs have the queries in the same order, the one that most have."""
+    by_order: dict[str, list[tuple[int, str]]] = {}
+    for pair in sorted(pairs):
+        by_order.setdefault(pair[1], []).append(pair)
+    return max(by_order.values(), key=len, default=[])
+
+
+def _classes(runs: Iterable[dict[str, Any]]) -> NDArray[np.int32] | None:
+    """Of each query of runs that have the same; None if none of their records says it."""
+    hits = (run["scores"]["hits@1"] for run in runs)
+    return next((unpack_classes(each["classes"]) for each in hits if "classes" in each), None)
+
+
 def judge(
     claim: Claim, rows: Iterable[Row], among: Collection[tuple[int, str]] | None = None
 ) -> Judged:
     """The verdict on a claim, if there are `MIN_SEEDS`: by seeds in pairs.
 
-    Of Recall@1 by queries in pairs as well; of all else a record has the means.
+    Of Recall@1 by queries in pairs as well, in clusters of their classes, without which the claim
+    stays open; of all else a record has the means.
 
     Args:
         claim: of two of the rows.
@@ -204,13 +215,17 @@ def judge(
         by_name[name].samples(quantity) if name in by_name else {}
         for name, quantity in ((claim.more, claim.quantity), (claim.less, against))
     )
-    pairs = sorted((more.keys() & less.keys()).intersection(more if among is None else among))
+    pairs = _of_one_order(
+        (more.keys() & less.keys()).intersection(more if among is None else among)
+    )
     if not pairs:
         return Judged(claim, None, NOT_RUN)
-    bootstrapped = None
+    bootstrapped, lacking = None, "" if len(pairs) >= MIN_SEEDS else f"{MIN_SEEDS} seeds decide"
     if claim.quantity == against == "recall@1":
         values = np.stack([more[pair] - less[pair] for pair in pairs])
-        classes = by_name[claim.more].classes(pairs)
+        rows_compared = by_name[claim.more], by_name[claim.less]
+        classes = _classes([run for row in rows_compared for run in row.runs_of(pairs)])
+        lacking = lacking or ("its records have no classes" if classes is None else "")
         difference, bootstrapped = crossed(values, classes), bootstrap(values, classes)
     else:
         difference = of_means(np.array([more[pair].mean() - less[pair].mean() for pair in pairs]))
@@ -219,8 +234,7 @@ def judge(
         "not above": does_not_exceed(difference, claim.margin),
         "similar to": is_within(difference, claim.margin),
     }
-    enough = len(pairs) >= MIN_SEEDS
-    verdict = verdicts[claim.relation] if enough else f"{OPEN}, {MIN_SEEDS} seeds decide"
+    verdict = f"{OPEN}, {lacking}" if lacking else verdicts[claim.relation]
     return Judged(claim, difference, verdict, tuple(pairs), bootstrapped)
 
 
@@ -300,36 +314,40 @@ def values_of(experiment: Experiment, row: Row, data: str, base: Config) -> dict
     if row.arm.settings:
         parameters, macs = costs(base.with_overrides(row.arm.settings))
         values |= {"parameters": parameters, "MACs": macs}
-    return values | {f"paper {k}": v for k, v in paper_row(experiment, row.arm, data).items()}
+    if theirs := paper_row(experiment, row.arm, data):
+        title = find_benchmark(papers_images(experiment, data)).title
+        values |= {"paper's images": title} | {f"paper {k}": v for k, v in theirs.items()}
+    return values
 
 
 def values_by_images(
     experiment: Experiment, records: Iterable[dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """`values_of` the rows that have runs, by the name of their images.
+    """`values_of` the rows that have runs, by the `data_title` of their images.
 
     Args:
         experiment: whose rows.
         records: of runs from one start.
 
     Raises:
-        InputError: the same images have runs from several starts or at both scales.
+        InputError: images of the same name have runs that are not comparable.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for group in _by_images_and_start(records):
+        if not _has_images_of(experiment, group):
+            continue
         for _, scale, by_arm in _of_scales(experiment, group):
-            rows = rows_of(experiment.arms(scale.learners), by_arm)
-            names = [row.found.record["data"]["name"] for row in rows if row.found is not None]
-            if not names:
+            rows = [row for row in rows_of(experiment.arms(scale.learners), by_arm) if row.found]
+            if not rows:
                 continue
-            if names[0] in found:
+            assert rows[0].found is not None
+            data = rows[0].found.record["data"]
+            if (title := data_title(data)) in found:
                 raise InputError(
-                    f"there are runs of {names[0]} from several starts or at both scales, which "
-                    "cannot stand side by side: choose by --start"
+                    f"there are runs of {title} that cannot stand side by side: from several "
+                    "starts, of which --start chooses one, at both scales, or of other images"
                 )
-            found[names[0]] = [
-                values_of(experiment, row, names[0], scale.base) for row in rows if row.found
-            ]
+            found[title] = [values_of(experiment, row, data["name"], scale.base) for row in rows]
     return found
 
 
@@ -393,6 +411,9 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+_LISTED_APART = ("recipe", "train.lr", "precision", "seed", "data.source")
+
+
 def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
     """Where rows differ from the paper's setting: "train.steps 10000 -> 120".
 
@@ -405,11 +426,12 @@ def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
     for row, theirs, ours in rows:
         paper, own = (flatten(config.portable()) for config in (theirs, ours))
         for name in differing([paper, own]):
-            # Chosen, listed apart, or of what is drawn.
-            if name not in ("recipe", "train.lr", "precision", "seed", "data.source"):
+            # Chosen, listed apart, or without an effect on a learner alone.
+            alone = name == "train.divergence_weight" and ours.model.num_learners == 1
+            if not alone and name not in _LISTED_APART:
                 changes.setdefault(f"{name} {paper.get(name)} -> {own.get(name)}", []).append(row)
     return [
-        change + f" ({', '.join(named)})" * (len(named) < len(rows))
+        change + f" ({'; '.join(named)})" * (len(named) < len(rows))
         for change, named in changes.items()
         if not change.startswith("data.synthetic")
     ]
@@ -445,6 +467,7 @@ def _left_out(
     """How many of the runs no claim is judged by, and why."""
     runs = [record for record in records if not is_baseline(record)]
     known = [run for run in runs if counts(run)]
+    early = [run for run in runs if "hits@1" not in run["scores"]]
     judged = {
         id(run)
         for group in groups
@@ -454,7 +477,8 @@ def _left_out(
         for run in found
     }
     notes = {
-        "do not say which queries were answered": len(runs) - len(known),
+        "do not say which queries were answered": len(early),
+        "are of a checkpoint that their run did not select": len(runs) - len(early) - len(known),
         "have settings that no row has at either scale": len(known) - len(judged),
     }
     return [
@@ -640,13 +664,18 @@ class _Told:
         return f"| {' | '.join((*cells, _stamps(self.runs)))} |"
 
 
+def _has_images_of(experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
+    """Whether runs on the same images, by `_key`, are of images that an experiment is about."""
+    titles = [find_benchmark(name).title for name in experiment.benchmarks]
+    return experiment.anywhere or next(iter(by_key.values()))[0]["data"]["name"] in titles
+
+
 def _judged_claims(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
 ) -> list[_Told]:
     """The claims that runs on the same images, by `_key`, say something of, at either scale."""
     told: list[_Told] = []
-    titles = [find_benchmark(name).title for name in experiment.benchmarks]
-    if not (experiment.anywhere or next(iter(by_key.values()))[0]["data"]["name"] in titles):
+    if not _has_images_of(experiment, by_key):
         return told
     for name, scale, own in _of_scales(experiment, by_key):
         rows = rows_of(experiment.arms(scale.learners), own)
@@ -709,9 +738,9 @@ def _repeated(all_told: Iterable[_Told]) -> list[str]:
         return []
     return [
         "\n## Repeated\n",
-        f"What {MIN_SEEDS} seeds left open was given as many again. Here the later ones stand by "
-        "themselves: nobody had seen them when it was decided to run them; and whether their mean "
-        "lies within the interval of the first.",
+        f"Claims that have {2 * MIN_SEEDS} seeds or more, by the first {MIN_SEEDS} and by the "
+        "others, at the rates that all of them chose; and whether the mean of the others lies "
+        "within the interval of the first.",
         "",
         f"| claim | setting | the first {MIN_SEEDS} seeds | the others | within |",
         "|---|---|---|---|---|",

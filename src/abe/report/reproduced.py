@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from abe.checkpoint import load_selected
 from abe.data.splits import Splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
-from abe.experiments import Experiment, get_experiments
+from abe.experiments import Experiment, full, get_experiments, small
 from abe.report.figures import HISTOGRAM_BINS
 from abe.report.pictures import mask_sheet
 from abe.results import EMBEDDINGS
@@ -87,8 +88,8 @@ def draw_results(names: Sequence[str], records: Iterable[dict[str, Any]], path: 
         path: of the picture, PNG.
 
     Raises:
-        InputError: it is not one experiment, its picture needs more than results, or the same
-            images have runs from several starts or at both scales.
+        InputError: it is not one experiment, its picture needs more than results, there are none,
+            or images of the same name have runs that are not comparable.
     """
     chosen = {key: each for name in names for key, each in get_experiments(name).items()}
     if len(chosen) != 1:
@@ -100,6 +101,8 @@ def draw_results(names: Sequence[str], records: Iterable[dict[str, Any]], path: 
     if experiment.picture in ("cosines", "masks"):
         raise InputError(f"{name} is drawn of networks, not of results: `abe reproduce {name}`")
     by_images = values_by_images(experiment, records)
+    if not by_images:
+        raise InputError(f"no run is of {name}, on images that it is about: nothing to draw")
     figures = [{"images": images} | row for images, rows in by_images.items() for row in rows]
     save(recall_figure(experiment, by_images), figures, path)
 
@@ -115,13 +118,18 @@ def recall_figure(
         experiment: says what Recall@1 is drawn against.
         by_images: the rows' figures, see `abe.verdicts.values_of`, by what to call the images.
     """
-    papers: dict[str, list[dict[str, Any]]] = {}
-    for title, rows in by_images.items():
-        theirs = [_papers(row) for row in rows if "paper R@1" in row]
-        if theirs and not any(row in known for row in theirs for known in papers.values()):
-            papers[f"the paper's, beside {title}" if papers else "the paper's"] = theirs
-    panels = {**by_images, **papers}
-    return _costs(panels) if experiment.picture == "costs" else _scores(panels)
+    papers: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in (row for rows in by_images.values() for row in rows if "paper R@1" in row):
+        title = row["paper's images"]
+        of_images = papers.setdefault(f"the paper's, {title}", {})
+        of_images[row["method"]] = _papers(row)
+    panels = {**by_images, **{title: list(rows.values()) for title, rows in papers.items()}}
+    if experiment.picture == "costs":
+        return _costs(panels)
+    arms = [arm.name for each in (small(True), full()) for arm in experiment.arms(each.learners)]
+    places = {name: place for place, name in enumerate(arms)}
+    methods = {row["method"] for rows in panels.values() for row in rows}
+    return _scores(panels, sorted(methods, key=lambda name: places.get(name, -1)))
 
 
 def save(figure: Figure, figures: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -141,8 +149,8 @@ def _papers(row: Mapping[str, Any]) -> dict[str, Any]:
     return own | dict.fromkeys(recalls, row["paper R@1"] / 100)
 
 
-def _scores(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    methods = list(dict.fromkeys(row["method"] for rows in panels.values() for row in rows))
+def _scores(panels: Mapping[str, Sequence[Mapping[str, Any]]], methods: Sequence[str]) -> Figure:
+    """Methods one below the other."""
     size = 4 + 3 * len(panels), 1 + 0.35 * len(methods)
     figure = Figure(figsize=size, layout="constrained")
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -150,7 +158,7 @@ def _scores(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         recalls, below, above = _recalls(rows)
         places = [methods.index(row["method"]) for row in rows]
         axes.errorbar(recalls, places, xerr=[below, above], fmt="o", capsize=3)
-        axes.set_xlabel(f"Recall@1, %, {title}")
+        axes.set_xlabel(f"Recall@1, %\n{textwrap.fill(title, 36)}")
     columns[0].set_yticks(range(len(methods)), methods)
     columns[0].invert_yaxis()
     return figure
@@ -178,7 +186,7 @@ def _costs(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 for row, *place in zip(line, costs, recalls, strict=True):
                     axes.annotate(row["method"].partition("^")[0], place, (4, 4), **_NEAR)
             axes.margins(0.12)  # for the names
-        left.set_ylabel(f"Recall@1, %\n{title}")
+        left.set_ylabel(f"Recall@1, %\n{textwrap.fill(title, 36)}")
     lines[-1, 0].set_xlabel("parameters, millions")
     lines[-1, 1].set_xlabel("multiply-accumulates at 224 px, thousand millions")
     lines[0, 0].legend()
