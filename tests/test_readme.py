@@ -115,6 +115,7 @@ CLAIMS = {  # of README's table
         "recall@1 of 4-heads^512 with L_div is not above that of 4-heads^512"
     ),
     "ABE-4 above 4-heads with attention": "recall@1 of ABE-4^512 is above that of 4-heads+att^512",
+    "ABE-4 above 4-tails": "recall@1 of ABE-4^512 is above that of 4-tails^512",
     "ABE-4: Eq. 10 balanced above as printed": (
         "recall@1 of ABE-4^512, Eq. 10 balanced is above that of ABE-4^512, Eq. 10 as printed"
     ),
