@@ -287,8 +287,13 @@ def test_seeds_with_their_queries_in_another_order_are_not_mixed_with_the_others
     three = judge(claim, rows_of(arms, {name: runs[1:] for name, runs in records.items()}))
     for runs in records.values():
         runs[0]["scores"]["hits@1"]["order"] = "another"
-    judged = judge(claim, rows_of(arms, records))
+    rows = rows_of(arms, records)
+    judged = judge(claim, rows)
     assert (judged, judged.seeds) == (three, 3)
+    found, interval = rows[0].found, rows[0].interval()
+    assert found is not None
+    assert interval is not None
+    assert (found.seeds, found.scores["recall@1"]) == (3, pytest.approx(interval.mean))
 
 
 def test_what_test_images_pick_is_compared_within_a_run() -> None:
@@ -794,6 +799,11 @@ def test_a_table_tells_its_protocol_and_rates_at_the_edge(planned: Reproduction)
     assert "Protocol `val`: checkpoints and rates are chosen by held-out training classes." in text
     assert f"another may be better: {second}: 0.3 of 0.01, 0.03, 0.3." in text
     assert "protocol paper -> val" in text
+    has_found(planned, second, {(0.01, 6): 0.4, (0.03, 6): 0.5, (0.3, 6): None})
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert "At the edge" not in table.read_text()  # which is 0.3, and diverged
+    table, *_ = planned.write("protocol", EXPERIMENTS["protocol"])
+    assert "Protocol `both`: checkpoints and rates are chosen by held-out" in table.read_text()
     (row, _) = csv.DictReader(values.read_text().splitlines())
     assert row["protocol"] == "val"
     paper = planned.scale.base.with_overrides(["protocol=paper"])
@@ -1043,7 +1053,8 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
     }
     assert panels == {"cars (half)": [1], "birds": [0, 1], "the paper's, CARS-196": [1, 0]}
     assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == [
-        arm.name for arm in EXPERIMENTS["table2"].arms(4)
+        "ABE-4^512 (ABE-8^512)",
+        "ABE-4^512 without L_div (ABE-8^512 without L_div)",
     ]
 
     other_start = [run | {"weights": {"source": "b", "sha256": "b" * 16}} for run in worse]
@@ -1098,8 +1109,8 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
             "--set train.normalization has no effect on 1-head^512, Eq. 10 balanced: leave it out,",
         ),
         (
-            ["fig7a", "--set=model.attention_depth=3"],
-            "--set model.attention_depth has no effect on fig7a: leave it out, each row has its",
+            ["fig7", "fig4", "--set=model.attention_depth=3"],
+            "--set model.attention_depth has no effect on fig7a; fig7b; fig7c; fig4: leave it out",
         ),
         (["table4", "--root=data"], "Of cub200; for the others give --data cars196."),
         (["table2", "--row=ABE-3"], "--row ABE-3: the rows are ABE-4^512; ABE-4^512 without L_div"),

@@ -111,11 +111,6 @@ class Experiment:
         """The option of `abe reproduce` that changes `rates`; None where the arm has its own."""
         return None if arm.rates else "--rate" if self.tuned else "--set train.lr"
 
-    def settled(self, arm: Arm) -> set[str]:
-        """The settings that are an arm's own, whatever is asked for all."""
-        varied = {self.varied} if self.varied else set()
-        return {setting.partition("=")[0] for setting in arm.settings} | varied
-
     def papers_settings(self, arm: Arm) -> list[str]:
         """Those of an arm that the paper has for it: of ours the network alone.
 
@@ -574,14 +569,15 @@ def check_changes(
     for experiment in experiments.values():
         for arm in experiment.arms(learners):
             options.setdefault(arm.name, set()).add(experiment.rates_option(arm))
-            own = experiment.settled(arm)
+            own = {setting.partition("=")[0] for setting in arm.settings}
             settled[arm.name] = settled.get(arm.name, own) & own
     if unknown := [row for row in rows or () if row not in options]:
         raise InputError(f"--row {unknown[0]}: the rows are {'; '.join(options)}")
     chosen, named = rows or options, "; ".join(rows or experiments)
     changed = [setting.partition("=")[0].strip() for setting in overrides or ()]
+    varied = {experiment.varied for experiment in experiments.values()}
     for key in changed:
-        if all(key in settled[row] for row in chosen):
+        if key in varied or all(key in settled[row] for row in chosen):
             raise InputError(
                 f"--set {key} has no effect on {named}: leave it out, each row has its own"
             )

@@ -56,8 +56,7 @@ def photographs() -> Config:
 def demo() -> Config:
     """A few minutes on 2 CPU cores: smaller images, the built-in vehicles by default.
 
-    All but the sizes is that of `photographs`, and was chosen by its sweep. One on the vehicles
-    chose by too few of them: its best of 12 trials fell from 85 to 77 % when it was rounded.
+    All but the sizes is that of `photographs`, and was chosen by its sweep.
     """
     return photographs().with_overrides(
         [

@@ -239,7 +239,7 @@ class Reproduction:
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             *(note for state, note in notes.items() if left[state]),
-            *_at_the_edge(rows, runs),
+            *_at_the_edge(rows, unstable),
             "Departs from the paper's setting: "
             + ("; ".join(self.departures(experiment)) or "nowhere")
             + ". The paper gives no rate, length or weight decay: those of `full` are ours.",
@@ -401,14 +401,20 @@ def _protocol(runs: Sequence[Run]) -> str:
     return "; ".join(f"Protocol `{each}`: {_CHOSEN_BY[each]}" for each in protocols)
 
 
-def _at_the_edge(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
-    """Which rows chose the lowest or highest of the rates they can have: another may be better."""
+def _at_the_edge(rows: Sequence[Row], unstable: Collection[tuple[str, float]]) -> list[str]:
+    """Which rows chose the lowest or highest rate that they tried: another may be better.
+
+    Args:
+        rows: of a table.
+        unstable: rates that diverged, behind the names of their rows.
+    """
     edges = {}
     for row in rows:
-        rates = sorted({run.config.train.lr for run in runs if run.arm == row.arm})
-        if row.found is not None and len(rates) > 1:
+        if row.found is not None:
+            diverged = {rate for name, rate in unstable if name == row.arm.name}
+            rates = sorted({*row.found.rates, *diverged})
             chosen = row.found.record["config"]["train"]["lr"]
-            if chosen in (rates[0], rates[-1]):
+            if len(rates) > 1 and chosen in (rates[0], rates[-1]):
                 edges[row.arm.name] = f"{chosen:g} of {', '.join(f'{each:g}' for each in rates)}"
     told = "; ".join(f"{name}: {edge}" for name, edge in edges.items())
     return (

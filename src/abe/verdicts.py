@@ -5,6 +5,7 @@ Everything derives from lines of `runs.jsonl` and the paper's tables; nothing is
 
 from __future__ import annotations
 
+import collections
 import csv
 import io
 import json
@@ -96,10 +97,7 @@ class Row:
     def interval(self) -> Interval | None:
         """Of Recall@1, over seeds and classes."""
         samples = self.samples("recall@1")
-        pairs = _of_one_order(samples)
-        if not pairs:
-            return None
-        return crossed(np.stack([samples[pair] for pair in pairs]), _classes(self.runs_of(pairs)))
+        return crossed(np.stack(list(samples.values())), _classes(self._runs)) if samples else None
 
 
 @dataclass(frozen=True)
@@ -174,20 +172,19 @@ def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
 
 
 def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]) -> list[Row]:
-    """Each arm with its records, by its name, at the rate that held-out classes choose."""
+    """Each arm with its records, by its name, at the rate that held-out classes choose.
+
+    Runs whose queries are in another order than most have them are left out; of a run that was
+    scored again the last record counts.
+    """
     rows = []
     for arm in arms:
-        summaries = summarize(filter(counts, records.get(arm.name, ())))
+        latest = {r["config_digest"]: r for r in records.get(arm.name, ()) if counts(r)}
+        orders = collections.Counter(_pair(record)[1] for record in latest.values())
+        usual = orders.most_common(1)[0][0] if orders else ""
+        summaries = summarize(r for r in latest.values() if _pair(r)[1] == usual)
         rows.append(Row(arm, summaries[-1] if summaries else None))
     return rows
-
-
-def _of_one_order(pairs: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The seeds whose runs have the queries in the same order, the one that most have."""
-    by_order: dict[str, list[tuple[int, str]]] = {}
-    for pair in sorted(pairs):
-        by_order.setdefault(pair[1], []).append(pair)
-    return max(by_order.values(), key=len, default=[])
 
 
 def _classes(runs: Iterable[dict[str, Any]]) -> NDArray[np.int32] | None:
@@ -215,9 +212,7 @@ def judge(
         by_name[name].samples(quantity) if name in by_name else {}
         for name, quantity in ((claim.more, claim.quantity), (claim.less, against))
     )
-    pairs = _of_one_order(
-        (more.keys() & less.keys()).intersection(more if among is None else among)
-    )
+    pairs = sorted((more.keys() & less.keys()).intersection(more if among is None else among))
     if not pairs:
         return Judged(claim, None, NOT_RUN)
     bootstrapped, lacking = None, "" if len(pairs) >= MIN_SEEDS else f"{MIN_SEEDS} seeds decide"

@@ -127,9 +127,17 @@ def recall_figure(
     if experiment.picture == "costs":
         return _costs(panels)
     arms = [arm.name for each in (small(True), full()) for arm in experiment.arms(each.learners)]
-    places = {name: place for place, name in enumerate(arms)}
-    methods = {row["method"] for rows in panels.values() for row in rows}
-    return _scores(panels, sorted(methods, key=lambda name: places.get(name, -1)))
+    their_row = "paper's row"
+
+    def place(name: str) -> int:
+        return arms.index(name) if name in arms else -1
+
+    labels = {
+        row["method"]: f"{row['method']} ({row[their_row]})" if their_row in row else row["method"]
+        for rows in by_images.values()
+        for row in rows
+    }
+    return _scores(panels, {name: labels[name] for name in sorted(labels, key=place)})
 
 
 def save(figure: Figure, figures: Iterable[Mapping[str, Any]], path: Path) -> None:
@@ -149,17 +157,17 @@ def _papers(row: Mapping[str, Any]) -> dict[str, Any]:
     return own | dict.fromkeys(recalls, row["paper R@1"] / 100)
 
 
-def _scores(panels: Mapping[str, Sequence[Mapping[str, Any]]], methods: Sequence[str]) -> Figure:
-    """Methods one below the other."""
-    size = 4 + 3 * len(panels), 1 + 0.35 * len(methods)
+def _scores(panels: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str, str]) -> Figure:
+    """Methods one below the other, by what to call them."""
+    size = 4 + 3 * len(panels), 1 + 0.35 * len(labels)
     figure = Figure(figsize=size, layout="constrained")
     columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, rows) in zip(columns, panels.items(), strict=True):
         recalls, below, above = _recalls(rows)
-        places = [methods.index(row["method"]) for row in rows]
+        places = [list(labels).index(row["method"]) for row in rows]
         axes.errorbar(recalls, places, xerr=[below, above], fmt="o", capsize=3)
         axes.set_xlabel(f"Recall@1, %\n{textwrap.fill(title, 36)}")
-    columns[0].set_yticks(range(len(methods)), methods)
+    columns[0].set_yticks(range(len(labels)), labels.values())
     columns[0].invert_yaxis()
     return figure
 
