@@ -54,9 +54,9 @@ from abe.verdicts import (
 )
 
 _CHOSEN_BY = {
-    "val": "checkpoints and rates are chosen by held-out training classes",
-    "both": "checkpoints and rates are chosen by held-out training classes",
-    "paper": "checkpoints and rates are chosen by the test images, which flatters",
+    "val": "held-out training classes",
+    "both": "held-out training classes",
+    "paper": "the test images, which flatters",
 }
 DIVERGED = "diverged.txt"  # in the folder of a run that is not tried again
 
@@ -398,7 +398,10 @@ class Reproduction:
 def _protocol(runs: Sequence[Run]) -> str:
     """By what checkpoints and rates are chosen: "Protocol `val`: ..."."""
     protocols = dict.fromkeys(run.config.protocol for run in runs)
-    return "; ".join(f"Protocol `{each}`: {_CHOSEN_BY[each]}" for each in protocols)
+    return "; ".join(
+        f"Protocol `{each}`: checkpoints and rates are chosen by {_CHOSEN_BY[each]}"
+        for each in protocols
+    )
 
 
 def _at_the_edge(rows: Sequence[Row], unstable: Collection[tuple[str, float]]) -> list[str]:

@@ -407,6 +407,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 
 _LISTED_APART = ("recipe", "train.lr", "precision", "seed", "data.source")
+_OF_DRAWN = ("data.synthetic_classes", "data.synthetic_images")
 
 
 def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
@@ -421,14 +422,13 @@ def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
     for row, theirs, ours in rows:
         paper, own = (flatten(config.portable()) for config in (theirs, ours))
         for name in differing([paper, own]):
-            # Chosen, listed apart, or without an effect on a learner alone.
+            # Of a learner alone Eq. 9 has nothing to say.
             alone = name == "train.divergence_weight" and ours.model.num_learners == 1
-            if not alone and name not in _LISTED_APART:
+            if not alone and name not in (*_LISTED_APART, *_OF_DRAWN):
                 changes.setdefault(f"{name} {paper.get(name)} -> {own.get(name)}", []).append(row)
     return [
         change + f" ({'; '.join(named)})" * (len(named) < len(rows))
         for change, named in changes.items()
-        if not change.startswith("data.synthetic")
     ]
 
 
@@ -463,14 +463,7 @@ def _left_out(
     runs = [record for record in records if not is_baseline(record)]
     known = [run for run in runs if counts(run)]
     early = [run for run in runs if "hits@1" not in run["scores"]]
-    judged = {
-        id(run)
-        for group in groups
-        for experiment in EXPERIMENTS.values()
-        for _, _, by_arm in _of_scales(experiment, group)
-        for found in by_arm.values()
-        for run in found
-    }
+    judged = _of_arms(EXPERIMENTS.values(), groups)
     notes = {
         "do not say which queries were answered": len(early),
         "are of a checkpoint that their run did not select": len(runs) - len(early) - len(known),
@@ -511,15 +504,7 @@ def select(
             )
     if names:
         experiments = [each for name in names for each in get_experiments(name).values()]
-        of_arms = {
-            id(run): run
-            for group in _by_images_and_start(runs)
-            for experiment in experiments
-            for _, _, by_arm in _of_scales(experiment, group)
-            for found in by_arm.values()
-            for run in found
-        }
-        runs = list(of_arms.values())
+        runs = _of_arms(experiments, _by_images_and_start(runs))
         if not runs:
             raise InputError(
                 f"no run is of {', '.join(names)} at either scale: `abe reproduce` makes them"
@@ -627,6 +612,21 @@ def _of_scales(
                 for arm in experiment.arms(scale.learners)
             },
         )
+
+
+def _of_arms(
+    experiments: Collection[Experiment], groups: Iterable[Mapping[str, Sequence[dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """The runs of any arm of some experiments, at either scale, in the order of the arms."""
+    found = {
+        id(run): run
+        for group in groups
+        for experiment in experiments
+        for _, _, by_arm in _of_scales(experiment, group)
+        for runs in by_arm.values()
+        for run in runs
+    }
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -127,17 +127,12 @@ def recall_figure(
     if experiment.picture == "costs":
         return _costs(panels)
     arms = [arm.name for each in (small(True), full()) for arm in experiment.arms(each.learners)]
-    their_row = "paper's row"
-
-    def place(name: str) -> int:
-        return arms.index(name) if name in arms else -1
-
+    theirs = {row["method"]: row.get("paper's row") for rows in by_images.values() for row in rows}
     labels = {
-        row["method"]: f"{row['method']} ({row[their_row]})" if their_row in row else row["method"]
-        for rows in by_images.values()
-        for row in rows
+        name: f"{name} ({theirs[name]})" if theirs[name] else name
+        for name in sorted(theirs, key=lambda name: arms.index(name) if name in arms else -1)
     }
-    return _scores(panels, {name: labels[name] for name in sorted(labels, key=place)})
+    return _scores(panels, labels)
 
 
 def save(figure: Figure, figures: Iterable[Mapping[str, Any]], path: Path) -> None:
