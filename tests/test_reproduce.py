@@ -694,6 +694,23 @@ def test_a_line_that_was_removed_is_run_alone(table2: Path) -> None:
     assert new["scores"] == gone["scores"]
 
 
+def test_a_row_that_is_named_takes_the_rates_given(tmp_path: Path) -> None:
+    row = "1-head^512, proxy-anchor"
+    done = reproduce(tmp_path, "losses", "--dry-run", f"--row={row}", "--rate=0.02")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(row) == 4  # two rates, two seeds
+    assert done.stdout.count("0.02") == done.stdout.count("0.01") == 2
+
+
+def test_rates_of_rows_by_name() -> None:
+    scale, losses, lambdas = small(True), EXPERIMENTS["losses"], EXPERIMENTS["fig7c"]
+    first, second, *_ = losses.arms(4)
+    changed = losses.at_rates((0.5,), [first.name, "divergence_weight 1"])
+    assert [changed.rates(arm, scale) for arm in changed.arms(4)[:2]] == [(0.5,), second.rates]
+    same = lambdas.at_rates((0.5,), ["divergence_weight 1"])  # all its rows have one rate
+    assert same.arms(4) == lambdas.arms(4)
+
+
 @pytest.fixture
 def planned(tmp_path: Path) -> Reproduction:
     """Of two rates and three seeds, the first of which is 5; nothing is run yet."""
@@ -1086,7 +1103,11 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
         ),
         (
             ["losses", "--rate=0.1"],
-            "--rate has no effect on losses: leave it out: its rates are its own",
+            "--rate has no effect on losses: leave it out, or give --rate=RATE with --row=ROW: its",
+        ),
+        (
+            ["fig7c", "--rate=0.1", "--row=divergence_weight 1"],
+            "--rate has no effect on divergence_weight 1: leave it out: its rates are its own",
         ),
         (
             ["losses", "fig7c", "--set=train.lr=0.1"],
@@ -1095,10 +1116,6 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
         (
             ["losses", "table2", "--set=train.lr=0.1"],
             "--set train.lr has no effect on losses; table2: leave it out, or give --rate=RATE",
-        ),
-        (
-            ["losses", "table2", "--rate=0.1", "--row=1-head^512, Eq. 10 balanced"],
-            "--rate has no effect on 1-head^512, Eq. 10 balanced: leave it out: its rates",
         ),
         (
             ["table2", "--set=model.num_learners=8"],

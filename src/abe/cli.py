@@ -506,8 +506,9 @@ def reproduce(
         typer.Option(
             "--rate",
             metavar="RATE",
-            help="Learning rate to choose from, by held-out classes, of rows that choose and have "
-            "none of their own. Repeatable. Default: the scale's.",
+            help="Learning rate to choose from, by held-out classes, of rows that choose: of those "
+            "that --row names, else of all that have none of their own. Repeatable. Default: the "
+            "row's or the scale's.",
         ),
     ] = None,
     budget: Annotated[
@@ -571,7 +572,11 @@ def reproduce(
         allow_partial=allow_partial,
     )
     base = chosen.base.with_overrides(settings)
-    chosen = replace(chosen, base=base, rates=tuple(rates or chosen.rates))
+    chosen = replace(chosen, base=base)
+    if rates and rows:
+        experiments = {key: each.at_rates(tuple(rates), rows) for key, each in experiments.items()}
+    elif rates:
+        chosen = replace(chosen, rates=tuple(rates))
     whole = Reproduction(chosen, scale, results, folder, err, seeds, rows)
     if dry:
         out.print(dry_run(whole, experiments))

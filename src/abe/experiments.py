@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -107,9 +107,27 @@ class Experiment:
         """The learning rates that an arm is trained at."""
         return arm.rates or (scale.rates if self.tuned else (scale.base.train.lr,))
 
-    def rates_option(self, arm: Arm) -> str | None:
-        """The option of `abe reproduce` that changes `rates`; None where the arm has its own."""
-        return None if arm.rates else "--rate" if self.tuned else "--set train.lr"
+    def rates_option(self, arm: Arm, by_name: bool) -> str | None:
+        """The option of `abe reproduce` that changes `rates`, if there is one.
+
+        Args:
+            arm: of this experiment.
+            by_name: whether `--row` names it, without which it keeps rates of its own.
+        """
+        if self.tuned:
+            return "--rate" if by_name or not arm.rates else None
+        return None if arm.rates else "--set train.lr"
+
+    def at_rates(self, rates: tuple[float, ...], rows: Collection[str]) -> Experiment:
+        """The same, but that of the rows named those that choose do so from these rates."""
+
+        def arms(most: int) -> tuple[Arm, ...]:
+            return tuple(
+                replace(arm, rates=rates) if self.tuned and arm.name in rows else arm
+                for arm in self.arms(most)
+            )
+
+        return replace(self, arms=arms)
 
     def papers_settings(self, arm: Arm) -> list[str]:
         """Those of an arm that the paper has for it: of ours the network alone.
@@ -568,7 +586,8 @@ def check_changes(
     settled: dict[str, set[str]] = {}  # and what it sets itself
     for experiment in experiments.values():
         for arm in experiment.arms(learners):
-            options.setdefault(arm.name, set()).add(experiment.rates_option(arm))
+            option = experiment.rates_option(arm, by_name=bool(rows))
+            options.setdefault(arm.name, set()).add(option)
             own = {setting.partition("=")[0] for setting in arm.settings}
             settled[arm.name] = settled.get(arm.name, own) & own
     if unknown := [row for row in rows or () if row not in options]:
@@ -585,7 +604,10 @@ def check_changes(
     for given, option in ((rates, "--rate"), ("train.lr" in changed, "--set train.lr")):
         if given and option not in effective:
             instead = " or ".join(f"{each}=RATE" for each in effective)
+            if not instead and any(experiment.tuned for experiment in experiments.values()):
+                instead = "--rate=RATE with --row=ROW"
             raise InputError(
                 f"{option} has no effect on {named}: leave it out"
-                + (f", or give {instead}" if instead else ": its rates are its own")
+                + (f", or give {instead}" if instead else "")
+                + ": its rates are its own" * (not effective)
             )
