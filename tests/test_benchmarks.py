@@ -23,12 +23,12 @@ from abe.data.decode import printable
 from abe.data.splits import open_splits
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
-from abe.evaluate import evaluate_test, raw_pixels
+from abe.evaluate import evaluate_run, evaluate_test, raw_pixels
 from abe.intervals import unpack_classes
 from abe.report.html import write_report
 from abe.results import append_record, markdown_table, scores_table, summarize
 from abe.runtime import read_json_lines
-from abe.train import Trainer, evaluate_run
+from abe.train import Trainer
 
 # --- Writing copies ----------------------------------------------------------------------------
 

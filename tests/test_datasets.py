@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -10,7 +9,6 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from abe.data import datasets
 from abe.data.datasets import (
@@ -22,7 +20,6 @@ from abe.data.datasets import (
     image_folder,
     named,
     open_dataset,
-    progress,
     split_by_class,
 )
 from abe.data.decode import BrokenImageError
@@ -583,30 +580,3 @@ def test_a_box_beside_its_image_is_broken(birds):
     found = find_broken(images)
     assert list(found) == [1]
     assert "the box 50,0,60,2 holds none of its 8 x 6 pixels" in str(found[1])
-
-
-# --- progress ----------------------------------------------------------------------------------
-
-
-def test_progress_off_a_terminal_is_a_line_a_minute(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(datasets.time, "monotonic", lambda: now)
-    shown = io.StringIO()
-    with progress(Console(file=shown), "reading", 1000) as on_progress:
-        for done in range(1, 1001):
-            now += 0.125  # seconds
-            on_progress(done)
-    assert shown.getvalue().splitlines() == [
-        "reading: 480 of 1,000",
-        "reading: 960 of 1,000",
-    ]
-
-
-def test_progress_on_a_terminal_is_a_bar():
-    shown = io.StringIO()
-    with progress(Console(file=shown, force_terminal=True), "reading", 4) as on_progress:
-        on_progress(2)
-    assert "reading" in shown.getvalue()
-    assert "50%" in shown.getvalue()
-    with progress(None, "reading", 4) as on_progress:
-        on_progress(2)

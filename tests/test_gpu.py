@@ -7,12 +7,13 @@ import torch
 from helpers import TINY
 
 from abe.checkpoint import checkpoints, load_latest
+from abe.evaluate import evaluate_run
 from abe.losses import ensemble_loss
 from abe.metrics import retrieval_metrics
 from abe.model import AttentionEnsemble
 from abe.model.weights import load_pretrained, read_weights
 from abe.runtime import autocast, choose_precision
-from abe.train import Trainer, evaluate_run
+from abe.train import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -849,7 +849,7 @@ def test_progress(birds, tmp_path, is_terminal):
 
 def test_progress_where_there_is_no_terminal(birds, tmp_path, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(datasets, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("abe.progress.PROGRESS_SECONDS", 0)
     prepare_folder(birds, tmp_path / "prepared", console=Console(file=shown))
     assert shown.getvalue().endswith("preparing images: 30 of 30\n")
 

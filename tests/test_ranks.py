@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.errors import InputError
+from abe.evaluate import evaluate_run
 from abe.launch import launched_rank
 from abe.ranks import Ranks, _join, share
 from abe.runtime import read_json, read_json_lines
-from abe.train import Trainer, evaluate_run
+from abe.train import Trainer
 
 SILENT = Console(quiet=True)
 ABE = Path(sys.executable).with_name("abe")
@@ -59,7 +60,8 @@ from abe.data.loader import training_batches
 from abe.errors import InputError
 from abe.launch import launched_rank
 from abe.model import AttentionEnsemble
-from abe.train import Trainer, evaluate_run
+from abe.evaluate import evaluate_run
+from abe.train import Trainer
 torch.set_num_threads(1)
 silent, run = Console(quiet=True), Path(folder)
 run.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from rich.console import Console
 from abe import cli, sweep, train
 from abe.checkpoint import Best, checkpoints
 from abe.config import Config
-from abe.errors import InputError
+from abe.errors import DivergedError, InputError
 from abe.recipes import RECIPES, get_recipe
 from abe.runtime import read_json, read_json_lines, write_json
 from abe.sweep import (
@@ -34,7 +34,7 @@ from abe.sweep import (
     search_space,
     trials_table,
 )
-from abe.train import DivergedError, Trainer
+from abe.train import Trainer
 
 SILENT = Console(quiet=True)
 SWEEPS = Path(__file__).parents[1] / "results/sweeps"

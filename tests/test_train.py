@@ -28,10 +28,12 @@ from abe import train
 from abe.checkpoint import checkpoints
 from abe.config import Config, TrainConfig
 from abe.data.synthetic import SyntheticVehicles
-from abe.errors import InputError
+from abe.errors import DivergedError, InputError
+from abe.evaluate import evaluate_run
 from abe.model import AttentionEnsemble
+from abe.optimizer import lr_factor
 from abe.runtime import read_json_lines
-from abe.train import DivergedError, GateStatistics, Trainer, evaluate_run, lr_factor
+from abe.train import GateStatistics, Trainer
 
 SILENT = Console(quiet=True)
 ABE = Path(sys.executable).with_name("abe")
@@ -536,7 +538,7 @@ def test_progress_off_a_terminal_is_a_line_a_minute(
     """The first one at once where a run goes on: one that begins has told its first loss."""
 
     def lines_of(trainer: Trainer, minute: float) -> list[str]:
-        monkeypatch.setattr("abe.train.PROGRESS_SECONDS", minute)
+        monkeypatch.setattr("abe.progress.PROGRESS_SECONDS", minute)
         said = trainer.console = Console(record=True, width=200, file=io.StringIO())
         with trainer._progress() as advance:
             advance(1, 0.5)

@@ -335,8 +335,8 @@ def evaluate(
     results: Results = None,
 ) -> None:
     """Score a run's ensemble and each of its learners once more."""
+    from abe.evaluate import evaluate_run
     from abe.results import append_record, scores_table
-    from abe.train import evaluate_run
 
     if not run.exists():
         raise InputError(f"{run}: there is no such run")

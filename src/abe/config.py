@@ -242,6 +242,10 @@ class Config(_Section):
             model = model.model_copy(update={"weights": str(Path(model.weights).absolute())})
         return self.model_copy(update={"data": self.data.anchored(), "model": model})
 
+    def on_device(self, device: str | None) -> Self:
+        """The same on another device; None for its own."""
+        return self if device is None else self.model_copy(update={"device": device})
+
     @property
     def digest(self) -> str:
         """12 hexadecimal digits of the portable values, and of the weights if they are a file."""

@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class DivergedError(InputError):
+    """A loss, a gradient or embeddings that are not finite."""
+
+
 class TakenError(InputError):
     """Another process has what this one was to work on."""

@@ -6,6 +6,7 @@ Shapes: N images, M learners, d the size of a learner's embedding, D = M * d.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,18 +15,34 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from abe.checkpoint import Best
+from abe.checkpoint import Best, Checkpoint, load_selected
 from abe.config import Config
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
-from abe.data.splits import Splits
+from abe.data.splits import Splits, open_splits
 from abe.data.transforms import Preprocessing
+from abe.errors import InputError
 from abe.intervals import pack, pack_classes
 from abe.metrics import KS, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
-from abe.results import result_record
-from abe.runtime import Precision, autocast, choose_device, choose_precision, environment
+from abe.results import method_name, result_record
+from abe.run_folder import (
+    add_test_pick,
+    checkpoint_of_first,
+    read_images,
+    recorded_precision,
+    require_same_images,
+)
+from abe.runtime import (
+    Precision,
+    autocast,
+    choose_device,
+    choose_precision,
+    environment,
+    read_json,
+    typed,
+)
 from abe.shards import Shards
 from abe.start import start
 
@@ -326,3 +343,109 @@ def similarity(
     """Mean cosine of positive, negative and self pairs; None where there is no such pair."""
     cosines = pair_cosines(embeddings, labels, ranks=ranks)
     return {kind: values.mean().item() if len(values) else None for kind, values in cosines.items()}
+
+
+def evaluate_run(
+    path: Path,
+    data: str | None = None,
+    root: str | None = None,
+    allow_partial: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Score a run's selected checkpoint, or a checkpoint folder, on its test images.
+
+    Args:
+        path: the run or the checkpoint.
+        data: other images to test on, split as the run's own are; None for the run's own.
+        root: where a benchmark was unpacked; None, without `data`, for where the run found it.
+        allow_partial: go on with a part of a benchmark, given `data` or `root`; of the run's own
+            images there may be as many as it was trained with.
+        device: another than the run's.
+
+    Returns:
+        The record of the result (see `abe.results`).
+
+    Raises:
+        InputError: the checkpoint or the data cannot be used.
+    """
+    checkpoint = load_selected(path)
+    config = checkpoint.config.on_device(device)
+    ranks = Ranks(config.device, config.ranks_timeout)
+    checkpoint = checkpoint_of_first(ranks, checkpoint)
+    precision: Precision | None = None
+    if config.device == checkpoint.config.device and config.precision == "auto":
+        found = recorded_precision(path if checkpoint.path != path else path.parent.parent)
+        precision = None if found == "auto" else found
+    model = checkpoint.build_model().to(ranks.device)
+    if data is None and root is None:
+        splits, facts = _open_own_images(path, config, ranks), None
+    else:
+        changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
+        if allow_partial:
+            changed["allow_partial"] = True
+        own = read_images(path)
+        # Nothing is selected: no class has to be held out for it.
+        protocol = "paper" if own else config.protocol
+        splits = open_splits(
+            config.data.model_copy(update=changed), protocol, check=ranks.first_here
+        )
+        facts = _facts_of_other_images(splits, own)
+    ranks.require_same(images=splits.digest)
+    method = _method(path, checkpoint)
+    record = evaluate_test(
+        model,
+        config,
+        splits,
+        checkpoint.preprocessing,
+        best=checkpoint.best,
+        weights=checkpoint.weights,
+        method=method,
+        facts=facts,
+        precision=precision,
+        ranks=ranks,
+    ).record
+    if facts is None and method is None:
+        add_test_pick(record, path if checkpoint.path != path else path.parent.parent, ranks)
+    return record
+
+
+def _method(path: Path, checkpoint: Checkpoint) -> str | None:
+    """What to call a checkpoint that is not the one its run selected; None for that one."""
+    if checkpoint.path != path:
+        return None
+    result = path.parent.parent / "result.json"
+    if result.exists() and read_json(result).get("selected_step") == checkpoint.step:
+        return None
+    return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
+
+
+def _open_own_images(path: Path, config: Config, ranks: Ranks) -> Splits:
+    try:
+        splits = open_splits(config.data, config.protocol, check=ranks.first_here)
+        require_same_images(path, splits)
+    except InputError as error:
+        raise InputError(
+            f"the images of {path} cannot be opened: {error}; images that are elsewhere now are "
+            f"named behind it, as in `{typed('eval', path, 'DATA')}`"
+        ) from None
+    return splits
+
+
+def _facts_of_other_images(splits: Splits, own: dict[str, Any] | None) -> dict[str, Any]:
+    """What a record says of images that a run was tested on, but perhaps not trained on.
+
+    Args:
+        splits: of the images that are tested.
+        own: images.json of the run; None if it is not known.
+    """
+    facts = splits.describe()
+    if own is None:
+        return facts
+    if (own["digest"], own["data"]["name"]) == (splits.digest, splits.name):
+        return own["data"]  # the run's own, in another place
+    learned = {key: n for key, n in own["data"].items() if key.startswith(("train_", "select_"))}
+    tested = {splits.test.class_names[label] for label in np.unique(splits.test.labels)}
+    if seen := tested & set(own["learned_classes"]):
+        stamp = f"{len(seen)} of {len(tested)} test classes were learned from"
+        facts["stamps"] = [*facts.get("stamps", []), stamp]
+    return facts | learned | {"trained_on": own["data"]["name"]}

@@ -30,12 +30,15 @@ from abe.data.decode import printable
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import EpochBatchSampler
 from abe.data.transforms import Preprocessing
-from abe.errors import InputError
+from abe.errors import DivergedError, InputError
 from abe.evaluate import embed
 from abe.model.backbones import get_backbone, pretraining_form
 from abe.model.card import model_card
 from abe.model.classifier import Classifier, exported
 from abe.model.weights import load_pretrained, read_weights
+from abe.optimizer import build_optimizer, set_rate
+from abe.progress import step_progress
+from abe.run_folder import ENVIRONMENT, IMAGES, LOCK, LOG, forget_later_steps
 from abe.runtime import (
     Precision,
     StopSignal,
@@ -52,17 +55,6 @@ from abe.runtime import (
     typed,
     write_json,
     write_tensors,
-)
-from abe.train import (
-    ENVIRONMENT,
-    IMAGES,
-    LOCK,
-    LOG,
-    DivergedError,
-    build_optimizer,
-    forget_later_steps,
-    set_rate,
-    step_progress,
 )
 
 CHECKPOINT = "checkpoint.safetensors"  # weights, momentum, and in its metadata the rest

@@ -23,7 +23,7 @@ from rich.table import Table
 from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.data.splits import Splits, open_splits
-from abe.errors import TakenError
+from abe.errors import DivergedError, TakenError
 from abe.evaluate import evaluate_baselines
 from abe.experiments import Arm, Experiment, Scale, full
 from abe.intervals import is_behind
@@ -39,7 +39,7 @@ from abe.runtime import (
     replace_text,
 )
 from abe.start import build_model
-from abe.train import DivergedError, Trainer, with_batches_that_fit
+from abe.train import Trainer, with_batches_that_fit
 from abe.verdicts import (
     PAPERS_LEARNERS,
     Row,

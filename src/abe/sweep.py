@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abe.config import Config
-from abe.errors import InputError
+from abe.errors import DivergedError, InputError
 from abe.losses import ContrastiveNormalization
 from abe.results import differing, flatten
 from abe.runtime import (
@@ -39,7 +39,7 @@ from abe.runtime import (
     replace_text,
     write_json,
 )
-from abe.train import DivergedError, Trainer
+from abe.train import Trainer
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

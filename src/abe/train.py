@@ -15,21 +15,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from abe.checkpoint import (
@@ -46,19 +43,34 @@ from abe.checkpoint import (
 from abe.chunks import backward_in_chunks, embed_in_chunks
 from abe.config import Config, TrainConfig
 from abe.data.classes import class_indices
-from abe.data.datasets import PROGRESS_SECONDS, LabelledImages
+from abe.data.datasets import LabelledImages
 from abe.data.decode import ReadingError
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
-from abe.errors import InputError
+from abe.errors import DivergedError, InputError
 from abe.evaluate import embed_share, evaluate_test
 from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
 from abe.model.ensemble import AttentionEnsemble, concat
+from abe.optimizer import build_optimizer, set_rate, warm_up
+from abe.progress import step_progress
 from abe.ranks import LostRankError, Ranks, share
-from abe.results import method_name, write_result
+from abe.results import write_result
+from abe.run_folder import (
+    ENVIRONMENT,
+    IMAGES,
+    LOCK,
+    LOG,
+    TEST_RECALL,
+    add_test_pick,
+    alone,
+    checkpoint_of_first,
+    forget_later_steps,
+    recorded_precision,
+    require_same_images,
+)
 from abe.runtime import (
     Precision,
     StopSignal,
@@ -68,30 +80,16 @@ from abe.runtime import (
     environment,
     flush,
     keep_freed_memory,
-    locked,
-    make_folder,
-    read_json,
-    read_json_lines,
     remove_unfinished,
     replace_text,
     resume_command,
     seed_step,
-    typed,
     write_json,
 )
 from abe.start import start
 from abe.tracking import Tracking, open_tracking, require_packages
 
-IMAGES = "images.json"  # of a run: which images it learns and tests
-LOG = "metrics.jsonl"
-TEST_RECALL = "test_recall_at_1"  # in it, of protocol "both"
-ENVIRONMENT = "environment.json"
-LOCK = ".lock"  # of a run: held by the process that trains it
 Picked = TypeVar("Picked")
-
-
-class DivergedError(InputError):
-    """A loss, a gradient or embeddings that are not finite."""
 
 
 class Trainer:
@@ -131,9 +129,9 @@ class Trainer:
         self.ranks = Ranks(config.device, config.ranks_timeout)
         self.ranks.require_same(resumed=checkpoint is not None)
         if checkpoint is not None:
-            checkpoint = _of_first(self.ranks, checkpoint)
+            checkpoint = checkpoint_of_first(self.ranks, checkpoint)
         if self.ranks.first and (run / LOCK).exists():
-            with _alone(run):
+            with alone(run):
                 pass  # who is too late is told before images are read
         if checkpoint is None and checkpoints(run):
             raise InputError(
@@ -160,7 +158,7 @@ class Trainer:
             )
         self.splits = splits
         if checkpoint is not None:
-            _require_same_images(run, self.splits)
+            require_same_images(run, self.splits)
         self.ranks.require_same(settings=config.digest, images=self.splits.digest)
         self.config = self._with_batches_that_fit()
         self.sampler = _sampler(self.config, self.splits.train.labels)
@@ -187,7 +185,7 @@ class Trainer:
         """The same on all ranks, and on a device the same after an interruption as before it."""
         name = self.config.precision
         if checkpoint is not None and checkpoint.config.device == self.config.device:
-            name = _recorded_precision(self.run) if name == "auto" else name
+            name = recorded_precision(self.run) if name == "auto" else name
         chosen: Precision = self.ranks.from_first(choose_precision(name, self.device))
         return chosen
 
@@ -220,7 +218,7 @@ class Trainer:
             InputError: `run` has no checkpoint, or it is damaged; or other settings are given.
         """
         checkpoint = load_latest(run)
-        config = _on_device(checkpoint.config, device).with_overrides(overrides)
+        config = checkpoint.config.on_device(device).with_overrides(overrides)
         if config.portable() != checkpoint.config.portable():
             raise InputError(
                 f"{run} goes on as it was started: give only what changes no result, such as "
@@ -285,7 +283,7 @@ class Trainer:
 
     def _fit(self, go_on: str | None, finish: Callable[[], Picked]) -> Picked | None:
         """Train to the last step, alone in the run's folder, and then do what `finish` does."""
-        with _alone(self.run) if self.ranks.first else contextlib.nullcontext():
+        with alone(self.run) if self.ranks.first else contextlib.nullcontext():
             if self.ranks.first:
                 set_aside_newer(self.run, None if self.best is None else self.step)
             self.ranks.wait()
@@ -466,14 +464,13 @@ class Trainer:
         """
         train = self.config.train
         embeddings = F.normalize(raw, dim=-1)
-        warm_up = _warm_up(self.step, train.divergence_warmup)
         loss = ensemble_loss(
             embeddings,
             labels.to(self.device),
             metric_loss=self._applied_metric_loss(raw),
             margin=train.margin,
             normalization=train.normalization,
-            divergence_weight=train.divergence_weight * warm_up,
+            divergence_weight=train.divergence_weight * warm_up(self.step, train.divergence_warmup),
             divergence_margin=train.divergence_margin,
             divergence_normalization=train.divergence_normalization,
         )
@@ -676,7 +673,7 @@ class Trainer:
             precision=self.precision,
             ranks=self.ranks,
         )
-        _add_test_pick(evaluation.record, self.run, self.ranks)
+        add_test_pick(evaluation.record, self.run, self.ranks)
         write_result(self.run, *evaluation, self.ranks)
         return evaluation.record
 
@@ -703,74 +700,6 @@ class Trainer:
         )
 
 
-@contextlib.contextmanager
-def step_progress(
-    console: Console, *, done: int, steps: int, batch_size: int, told: bool = False
-) -> Iterator[Callable[[int, float], None]]:
-    """Show how far a training is: a bar on a terminal, elsewhere a line a minute with the loss.
-
-    Args:
-        console: where.
-        done: steps before.
-        steps: all of them.
-        batch_size: images a step.
-        told: whether the first line is to come after a minute; else it does after the first step.
-
-    Returns:
-        What is to be told the number of steps done and the loss of the last.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    off = not console.is_terminal  # where it would leave an empty line
-    with Progress(*columns, console=console, transient=True, disable=off) as progress:
-        task = progress.add_task("training", total=steps, completed=done, loss="", rate="")
-        started = time.perf_counter()
-        last = started if told else -math.inf
-
-        def advance(step: int, loss: float) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            rate = f"{(step - done) / (now - started) * batch_size:.0f} images/s"
-            shown = f"loss {loss:.4f}"
-            progress.update(task, completed=step, loss=shown, rate=rate)
-            if off and now - last >= PROGRESS_SECONDS:
-                last = now
-                console.print(f"step {step:>6}  {shown}  {rate}", highlight=False)
-
-        yield advance
-
-
-def _of_first(ranks: Ranks, own: Checkpoint) -> Checkpoint:
-    """The checkpoint that the first rank found, in place of the one that this rank did.
-
-    A folder that machines share may show some of them what was there a while ago.
-
-    Raises:
-        InputError: this rank cannot read it.
-    """
-    name = ranks.from_first(own.path.name)
-    return own if name == own.path.name else Checkpoint.load(own.path.with_name(name))
-
-
-def _recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
-    file = run / ENVIRONMENT
-    found = read_json(file).get("precision") if file.exists() else None
-    return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
-
-
-def _alone(run: Path) -> AbstractContextManager[object]:
-    """While it lasts, no other process trains in the run's folder, which is made if need be."""
-    make_folder(run)
-    taken = f"{run} is being trained by another process: wait for it, or give another folder"
-    return locked(run / LOCK, taken)
-
-
 class GateStatistics:
     """Mean and spread of a rank's attention masks in a step, parts of it computed repeatedly."""
 
@@ -794,29 +723,6 @@ class GateStatistics:
         return {"gate_mean": mean, "gate_std": math.sqrt(max(squares / count - mean**2, 0))}
 
 
-def lr_factor(step: int, train: TrainConfig) -> float:
-    """The rate at `step` as a fraction of `train.lr`: linear warm-up, then the schedule."""
-    factor = _warm_up(step, train.warmup)
-    if train.schedule == "cosine":
-        done = max(0, step - train.warmup) / max(1, train.steps - train.warmup)
-        return factor * 0.5 * (1 + math.cos(math.pi * done))
-    if train.schedule == "steps":
-        return factor * train.decay_factor ** (step // train.decay_every)
-    return factor
-
-
-def set_rate(optimizer: torch.optim.Optimizer, step: int, train: TrainConfig) -> float:
-    """Give every group of `build_optimizer` its rate at a step; -> `lr_factor`."""
-    factor = lr_factor(step, train)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    return factor
-
-
-def _warm_up(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / steps) if steps else 1.0
-
-
 def with_batches_that_fit(config: Config, splits: Splits) -> Config:
     """The configuration, with fewer classes a batch where there are not as many to learn from."""
     train = config.train
@@ -832,34 +738,6 @@ def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBala
         return PairBatchSampler(labels, train.batch_size, config.seed)
     classes_per_batch = train.batch_size // train.images_per_class
     return ClassBalancedBatchSampler(labels, classes_per_batch, train.images_per_class, config.seed)
-
-
-def build_optimizer(
-    train: TrainConfig, model: nn.Module, metric_loss: nn.Module | None, new_layers: Set[str]
-) -> torch.optim.Optimizer:
-    """Group by rate and decay: biases and norms do not decay, biases and new layers are faster."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        factor = train.bias_lr_factor if name.endswith("bias") else 1.0
-        if name in new_layers:
-            factor *= train.new_layer_lr_factor
-        decay = train.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
-    if metric_loss is not None:
-        groups.setdefault((train.loss_lr_factor, 0.0), []).extend(metric_loss.parameters())
-    settings = [
-        {
-            "params": parameters,
-            "lr": train.lr * factor,
-            "initial_lr": train.lr * factor,
-            "weight_decay": decay,
-        }
-        for (factor, decay), parameters in groups.items()
-        if parameters
-    ]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(settings)
-    return torch.optim.SGD(settings, momentum=train.momentum)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -898,192 +776,3 @@ def _require_no_batch_statistics(model: nn.Module, ranks: Ranks, train: TrainCon
             "chunk's part of a batch: use model.backbone=googlenet, or a single process without "
             "train.chunk_size"
         )
-
-
-def _on_device(config: Config, device: str | None) -> Config:
-    return config if device is None else config.model_copy(update={"device": device})
-
-
-def evaluate_run(
-    path: Path,
-    data: str | None = None,
-    root: str | None = None,
-    allow_partial: bool = False,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Score a run's selected checkpoint, or a checkpoint folder, on its test images.
-
-    Args:
-        path: the run or the checkpoint.
-        data: other images to test on, split as the run's own are; None for the run's own.
-        root: where a benchmark was unpacked; None, without `data`, for where the run found it.
-        allow_partial: go on with a part of a benchmark, given `data` or `root`; of the run's own
-            images there may be as many as it was trained with.
-        device: another than the run's.
-
-    Returns:
-        The record of the result (see `abe.results`).
-
-    Raises:
-        InputError: the checkpoint or the data cannot be used.
-    """
-    checkpoint = load_selected(path)
-    config = _on_device(checkpoint.config, device)
-    ranks = Ranks(config.device, config.ranks_timeout)
-    checkpoint = _of_first(ranks, checkpoint)
-    precision: Precision | None = None
-    if config.device == checkpoint.config.device and config.precision == "auto":
-        found = _recorded_precision(path if checkpoint.path != path else path.parent.parent)
-        precision = None if found == "auto" else found
-    model = checkpoint.build_model().to(ranks.device)
-    if data is None and root is None:
-        splits, facts = _open_own_images(path, config, ranks), None
-    else:
-        changed: dict[str, Any] = {"source": data or config.data.source, "root": root}
-        if allow_partial:
-            changed["allow_partial"] = True
-        own = read_images(path)
-        # Nothing is selected: no class has to be held out for it.
-        protocol = "paper" if own else config.protocol
-        splits = open_splits(
-            config.data.model_copy(update=changed), protocol, check=ranks.first_here
-        )
-        facts = _facts_of_other_images(splits, own)
-    ranks.require_same(images=splits.digest)
-    method = _method(path, checkpoint)
-    record = evaluate_test(
-        model,
-        config,
-        splits,
-        checkpoint.preprocessing,
-        best=checkpoint.best,
-        weights=checkpoint.weights,
-        method=method,
-        facts=facts,
-        precision=precision,
-        ranks=ranks,
-    ).record
-    if facts is None and method is None:
-        _add_test_pick(record, path if checkpoint.path != path else path.parent.parent, ranks)
-    return record
-
-
-def _method(path: Path, checkpoint: Checkpoint) -> str | None:
-    """What to call a checkpoint that is not the one its run selected; None for that one."""
-    if checkpoint.path != path:
-        return None
-    result = path.parent.parent / "result.json"
-    if result.exists() and read_json(result).get("selected_step") == checkpoint.step:
-        return None
-    return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
-
-
-class _Images(BaseModel):
-    """images.json."""
-
-    model_config = ConfigDict(strict=True)
-
-    digest: str
-    data: dict[str, Any]
-    learned_classes: list[str]
-
-
-def read_images(path: Path) -> dict[str, Any] | None:
-    """images.json of a run, or of a checkpoint's run; None if there is none.
-
-    Raises:
-        InputError: it is not what a run writes; the message names it.
-    """
-    for folder in (path, path.parent.parent):
-        if (file := folder / IMAGES).exists():
-            values = read_json(file)
-            try:
-                _Images.model_validate(values)
-                values["data"]["name"]
-            except (ValidationError, KeyError):
-                raise InputError(f"{file} is not what abe writes: train a new run") from None
-            return values
-    return None
-
-
-def read_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to a step; the last one may be cut off.
-
-    Raises:
-        InputError: it cannot be read, or a line has no step; the message names it.
-    """
-    lines = read_json_lines(path, cut_off=True)
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line.get("step"), int):
-            raise InputError(f"{path}, line {number} has no step: correct or remove it")
-    return [line for line in lines if line["step"] <= step]
-
-
-def _add_test_pick(record: dict[str, Any], run: Path, ranks: Ranks) -> None:
-    """Say in the record of a run of protocol "both" what "paper" would have reported of it.
-
-    The best score of its test images in its metrics.jsonl, and the first step that has it.
-
-    Raises:
-        InputError: as `read_log`.
-    """
-    if record["protocol"] != "both":
-        return
-    best = None
-    if ranks.first and (run / LOG).exists():
-        lines = [line for line in read_log(run / LOG, sys.maxsize) if TEST_RECALL in line]
-        best = max(lines, key=lambda line: line[TEST_RECALL], default=None)
-    if best := ranks.from_first(best):
-        record["scores"]["test_picked"] = {"step": best["step"], "recall@1": best[TEST_RECALL]}
-
-
-def forget_later_steps(path: Path, step: int) -> None:
-    """Cut metrics.jsonl where the checkpoint is; what comes after it is done and logged again.
-
-    Raises:
-        InputError: as `read_log`.
-    """
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path, step)))
-
-
-def _require_same_images(path: Path, splits: Splits) -> None:
-    """Raises InputError unless the images are those that the run at `path` learned and tested."""
-    own = read_images(path)
-    if own is not None and own["digest"] != splits.digest:
-        raise InputError(
-            f"{splits.name}: images or classes were added, removed or renamed since {path} was "
-            "begun, so that classes it has learned may be among the test's: put them back as they "
-            "were, or train a new run"
-        )
-
-
-def _open_own_images(path: Path, config: Config, ranks: Ranks) -> Splits:
-    try:
-        splits = open_splits(config.data, config.protocol, check=ranks.first_here)
-        _require_same_images(path, splits)
-    except InputError as error:
-        raise InputError(
-            f"the images of {path} cannot be opened: {error}; images that are elsewhere now are "
-            f"named behind it, as in `{typed('eval', path, 'DATA')}`"
-        ) from None
-    return splits
-
-
-def _facts_of_other_images(splits: Splits, own: dict[str, Any] | None) -> dict[str, Any]:
-    """What a record says of images that a run was tested on, but perhaps not trained on.
-
-    Args:
-        splits: of the images that are tested.
-        own: images.json of the run; None if it is not known.
-    """
-    facts = splits.describe()
-    if own is None:
-        return facts
-    if (own["digest"], own["data"]["name"]) == (splits.digest, splits.name):
-        return own["data"]  # the run's own, in another place
-    learned = {key: n for key, n in own["data"].items() if key.startswith(("train_", "select_"))}
-    tested = {splits.test.class_names[label] for label in np.unique(splits.test.labels)}
-    if seen := tested & set(own["learned_classes"]):
-        stamp = f"{len(seen)} of {len(tested)} test classes were learned from"
-        facts["stamps"] = [*facts.get("stamps", []), stamp]
-    return facts | learned | {"trained_on": own["data"]["name"]}

@@ -27,12 +27,12 @@ from abe.data.datasets import (
     find_broken,
     image_folder,
     named,
-    progress,
 )
 from abe.data.decode import FORMATS, Box, BrokenImageError, printable
 from abe.download import RemoteFile
 from abe.errors import InputError
 from abe.metrics import KS
+from abe.progress import progress
 
 PROBED = 50  # images that are compared with their boxes
 

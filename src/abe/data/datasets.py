@@ -6,11 +6,9 @@ import csv
 import math
 import os
 import re
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,8 +16,6 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from abe.data.decode import Box, BrokenImageError, printable, read_image, use_image
 from abe.data.transforms import pad_to_square
@@ -34,7 +30,6 @@ OTHER_SUFFIX = re.compile(  # of images that are not read
 EDGES = ("x1", "y1", "x2", "y2")  # columns of a box
 COLUMNS = ("path", "label", "split", *EDGES)
 LISTED = 20  # files or classes that a message names at most
-PROGRESS_SECONDS = 60  # between two lines where there is no terminal
 
 
 class LabelledImages(Protocol):
@@ -417,30 +412,6 @@ def named(items: Sequence[object], separator: str = ", ") -> str:
     shown = [printable(item) for item in items[:LISTED]]
     more = [f"and {len(items) - LISTED:,} more"] if len(items) > LISTED else []
     return separator.join(shown + more)
-
-
-@contextmanager
-def progress(console: Console | None, doing: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` images are done; -> what is to be told their number.
-
-    A bar on a terminal; elsewhere a line a minute. None for nothing.
-    """
-    if console is None:
-        yield lambda done: None
-    elif console.is_terminal:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(doing, total=total)
-            yield lambda done: bar.update(task, completed=done)
-    else:
-        told = time.monotonic()
-
-        def tell(done: int) -> None:
-            nonlocal told
-            if time.monotonic() - told >= PROGRESS_SECONDS:
-                told = time.monotonic()
-                console.print(f"{doing}: {done:,} of {total:,}")
-
-        yield tell
 
 
 def _scan(folder: Path) -> tuple[list[Path], list[Path]]:

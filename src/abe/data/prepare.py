@@ -40,10 +40,10 @@ from abe.data.datasets import (
     check_images,
     in_threads,
     named,
-    progress,
 )
 from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.errors import InputError
+from abe.progress import progress
 from abe.runtime import locked
 
 VERSION = 1

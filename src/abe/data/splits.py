@@ -20,7 +20,6 @@ from abe.data.datasets import (
     Source,
     check_images,
     open_dataset,
-    progress,
     split_by_class,
 )
 from abe.data.loader import cache_decoded
@@ -28,6 +27,7 @@ from abe.data.prepare import PreparedImages, is_prepared, open_prepared
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import InputError
 from abe.metrics import KS
+from abe.progress import progress
 
 
 @dataclass(frozen=True)

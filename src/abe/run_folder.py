@@ -1,0 +1,128 @@
+"""What a run's folder holds beside its checkpoints: names, and what reads and guards them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from abe.checkpoint import Checkpoint
+from abe.data.splits import Splits
+from abe.errors import InputError
+from abe.ranks import Ranks
+from abe.runtime import locked, make_folder, read_json, read_json_lines, replace_text
+
+IMAGES = "images.json"  # of a run: which images it learns and tests
+LOG = "metrics.jsonl"
+TEST_RECALL = "test_recall_at_1"  # in it, of protocol "both"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"  # of a run: held by the process that trains it
+
+
+def alone(run: Path) -> AbstractContextManager[object]:
+    """While it lasts, no other process trains in the run's folder, which is made if need be."""
+    make_folder(run)
+    taken = f"{run} is being trained by another process: wait for it, or give another folder"
+    return locked(run / LOCK, taken)
+
+
+def recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
+    """What the run computes in as environment.json says; "auto" if it does not."""
+    file = run / ENVIRONMENT
+    found = read_json(file).get("precision") if file.exists() else None
+    return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
+
+
+class _Images(BaseModel):
+    """images.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    digest: str
+    data: dict[str, Any]
+    learned_classes: list[str]
+
+
+def read_images(path: Path) -> dict[str, Any] | None:
+    """images.json of a run, or of a checkpoint's run; None if there is none.
+
+    Raises:
+        InputError: it is not what a run writes; the message names it.
+    """
+    for folder in (path, path.parent.parent):
+        if (file := folder / IMAGES).exists():
+            values = read_json(file)
+            try:
+                _Images.model_validate(values)
+                values["data"]["name"]
+            except (ValidationError, KeyError):
+                raise InputError(f"{file} is not what abe writes: train a new run") from None
+            return values
+    return None
+
+
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a step; the last one may be cut off.
+
+    Raises:
+        InputError: it cannot be read, or a line has no step; the message names it.
+    """
+    lines = read_json_lines(path, cut_off=True)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int):
+            raise InputError(f"{path}, line {number} has no step: correct or remove it")
+    return [line for line in lines if line["step"] <= step]
+
+
+def forget_later_steps(path: Path, step: int) -> None:
+    """Cut metrics.jsonl where the checkpoint is; what comes after it is done and logged again.
+
+    Raises:
+        InputError: as `read_log`.
+    """
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path, step)))
+
+
+def require_same_images(path: Path, splits: Splits) -> None:
+    """Raises InputError unless the images are those that the run at `path` learned and tested."""
+    own = read_images(path)
+    if own is not None and own["digest"] != splits.digest:
+        raise InputError(
+            f"{splits.name}: images or classes were added, removed or renamed since {path} was "
+            "begun, so that classes it has learned may be among the test's: put them back as they "
+            "were, or train a new run"
+        )
+
+
+def add_test_pick(record: dict[str, Any], run: Path, ranks: Ranks) -> None:
+    """Say in the record of a run of protocol "both" what "paper" would have reported of it.
+
+    The best score of its test images in its metrics.jsonl, and the first step that has it.
+
+    Raises:
+        InputError: as `read_log`.
+    """
+    if record["protocol"] != "both":
+        return
+    best = None
+    if ranks.first and (run / LOG).exists():
+        lines = [line for line in read_log(run / LOG, sys.maxsize) if TEST_RECALL in line]
+        best = max(lines, key=lambda line: line[TEST_RECALL], default=None)
+    if best := ranks.from_first(best):
+        record["scores"]["test_picked"] = {"step": best["step"], "recall@1": best[TEST_RECALL]}
+
+
+def checkpoint_of_first(ranks: Ranks, own: Checkpoint) -> Checkpoint:
+    """The checkpoint that the first rank found, in place of the one that this rank did.
+
+    A folder that machines share may show some of them what was there a while ago.
+
+    Raises:
+        InputError: this rank cannot read it.
+    """
+    name = ranks.from_first(own.path.name)
+    return own if name == own.path.name else Checkpoint.load(own.path.with_name(name))
