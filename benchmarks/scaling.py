@@ -44,6 +44,7 @@ from abe.train import Trainer
 SIZES = (1, 2, 3)
 IMAGES = (20_000, 60_000)
 SMALL = (
+    "model.weights=googlenet-mini-imagenet-v2",
     "device=cpu",
     "precision=fp32",
     "data.resize=40",

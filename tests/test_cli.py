@@ -389,3 +389,18 @@ def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture[str]) 
     assert (shown["recipe"], shown["data"]["source"]) == ("paper", "photos")
     assert (shown["model"]["weights"], shown["data"]["skip_broken"]) == (None, True)
     assert shown["train"]["lr"] == 0.5
+    assert abe_here("config", *words.split(), "--explain") == 0
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if "train.lr " in row)
+    assert line.split() == [
+        "train.lr",
+        "0.5",
+        "number",
+        ">",
+        "0",
+        "The",
+        "learning",
+        "rate",
+        "at",
+        "its",
+        "highest.",
+    ]

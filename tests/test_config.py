@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from abe.config import Config, _keys
+from abe.config import Config, _keys, explain
 from abe.errors import InputError
 from abe.recipes import RECIPES, get_recipe
+from abe.results import flatten
 
 
 def setting(config: Config, key: str) -> object:
@@ -252,6 +253,30 @@ def test_anchored_paths_hold_in_any_folder(tmp_path: Path, monkeypatch: pytest.M
         assert named.anchored() == named
 
 
+# --- What there is to set ---
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_explained_settings_are_the_configuration(recipe: str) -> None:
+    """All of them, each with what --set takes to come to the same, and a sentence."""
+    config = get_recipe(recipe).with_overrides(["tracking=none", "train.clip_norm=2"])
+    explained = explain(config)
+    same = Config().with_overrides(f"{each.key}={each.value}" for each in explained)
+    assert same == config
+    assert [each.key for each in explained] == list(flatten(config.to_json()))
+    assert all(each.meaning.endswith(".") for each in explained)
+
+
+def test_what_a_setting_takes() -> None:
+    takes = {each.key: each.takes for each in explain(Config())}
+    assert takes["train.optimizer"] == "sgd | adamw"
+    assert takes["train.decay_factor"] == "number > 0 and <= 1"
+    assert takes["train.chunk_size"] == "integer >= 1 | none"
+    assert takes["data.cache"] == "true | false"
+    assert takes["tracking"] == "some of tensorboard | mlflow | wandb"
+    assert takes["device"] == "text"
+
+
 # --- Recipes -----------------------------------------------------------------------------------
 
 
@@ -260,6 +285,7 @@ def test_recipes_are_what_their_names_say() -> None:
         assert get_recipe(name).recipe == name
     paper = get_recipe("paper")
     assert (paper.model.num_learners, paper.model.embedding_dim) == (8, 512)
+    assert paper.model.weights == "bvlc-googlenet"  # ImageNet's
     assert (paper.data.resize, paper.data.crop) == (256, 224)
     assert (paper.train.sampler, paper.train.batch_size) == ("pairs", 64)
     assert (paper.train.margin, paper.train.divergence_margin) == (1, 1)

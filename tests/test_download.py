@@ -10,6 +10,7 @@ import socket
 import stat
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from PIL import Image
 from abe.data import benchmarks
 from abe.data.benchmarks import BENCHMARKS, Benchmark, Count
 from abe.data.download import get, unpack
-from abe.download import RemoteFile
+from abe.download import RemoteFile, fetch
 from abe.errors import InputError
+from abe.runtime import locked
 
 
 def jpeg() -> bytes:
@@ -90,13 +92,28 @@ def test_get_goes_on_with_a_download_that_broke_off(products, server, tmp_path):
     with pytest.raises(InputError, match=r"bytes too early.*Run the same again to continue it"):
         get("sop", root)
     whole = (server.folder / file.name).read_bytes()
-    assert tree(root) == {f"{file.name}.part": whole[: server.cut]}
+    assert tree(root) == {f"{file.name}.part": whole[: server.cut], f".{file.name}.lock": b""}
 
     rest = f"bytes={server.cut}-"
     server.cut = None
     assert get("sop", root).complete
     assert server.requested == [None, rest]
     assert tree(root) == {file.name: whole, **CONTENT}
+
+
+def test_of_several_processes_one_fetches(tmp_path, monkeypatch):
+    """The others wait for it, and take what it has fetched."""
+    monkeypatch.setattr("abe.download.WAIT_SECONDS", 0.01)
+    file = RemoteFile("weights.bin", "http://127.0.0.1:9/none", None, None)
+    path = tmp_path / file.name
+    with ThreadPoolExecutor() as pool:
+        with locked(tmp_path / ".weights.bin.lock", "taken"):
+            waiting = pool.submit(fetch, file, tmp_path, "fetch it by hand")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            path.write_bytes(b"fetched")
+        assert waiting.result(timeout=60) == path
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
 
 
 def test_get_goes_on_with_an_unpacking_that_stopped(products, server, tmp_path):
@@ -150,7 +167,10 @@ def test_without_network_it_says_where_to_put_the_file(products, tmp_path, monke
     [
         ("cars196", r"car_ims\.tgz \(1,956,628,579 bytes, md5:d5c8f0aa.*cars_annos\.mat"),
         ("inshop", r"put img\.zip and list_eval_partition\.txt into .*InShopRetrieval\.html"),
-        ("cub200-2010", "not published as a file: there is nothing to fetch"),
+        (
+            "cub200-2010",
+            "put it into .* by hand, as https://www.vision.caltech.edu/datasets/ has it",
+        ),
         ("cub2000", "did you mean 'cub200'"),
     ],
 )

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from abe.config import Config, DataConfig, ModelConfig
 from abe.data.splits import open_splits
 from abe.data.synthetic import SyntheticVehicles
 from abe.data.transforms import Preprocessing
-from abe.evaluate import embed, evaluate_baselines, pair_cosines, raw_pixels, score, similarity
-from abe.intervals import unpack_classes
+from abe.evaluate import (
+    embed,
+    evaluate_baselines,
+    evaluate_test,
+    pair_cosines,
+    raw_pixels,
+    score,
+    similarity,
+)
+from abe.intervals import unpack, unpack_classes
 from abe.metrics import recall_at_k
 from abe.model import AttentionEnsemble, concat
 
@@ -50,6 +61,23 @@ def test_pair_cosines_are_those_of_fig_5(learners: tuple[torch.Tensor, np.ndarra
         torch.testing.assert_close(found[kind].sort().values, torch.tensor(values).sort().values)
     means = similarity(embeddings, torch.as_tensor(labels))
     assert means == pytest.approx({kind: np.mean(v) for kind, v in expected.items()}, abs=1e-6)
+
+
+def test_classes_are_recorded_of_the_queries_that_have_a_match() -> None:
+    """A class of one image has no other to find: neither its hit nor its class is recorded."""
+    splits = open_splits(TINY.data, "val", Console(quiet=True))
+    labels = splits.test.labels
+    alone = np.flatnonzero(labels == labels[0])[1:]  # all but one of a class
+    fewer = replace(splits, test=splits.test.select(np.delete(np.arange(len(labels)), alone)))
+    with pytest.warns(UserWarning, match="1 of"):
+        found = evaluate_test(raw_pixels, TINY, fewer, Preprocessing(resize=48, crop=40))
+    hits = found.record["scores"]["hits@1"]
+    answered = labels[labels != labels[0]]
+    assert len(unpack(hits)) == len(answered)
+    np.testing.assert_array_equal(
+        np.unique(unpack_classes(hits["classes"]), return_counts=True)[1],
+        np.unique(answered, return_counts=True)[1],
+    )
 
 
 def test_a_single_learner_has_no_self_pairs(learners: tuple[torch.Tensor, np.ndarray]) -> None:

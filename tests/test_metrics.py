@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abe.errors import InputError
-from abe.metrics import map_at_r, nmi, r_precision, recall_at_k, retrieval_metrics
+from abe.metrics import have_match, map_at_r, nmi, r_precision, recall_at_k, retrieval_metrics
 
 
 def oracle(query, query_labels, gallery=None, gallery_labels=None):
@@ -137,6 +137,19 @@ def test_a_separate_gallery_keeps_what_is_equal_to_the_query():
     labels = torch.arange(3)
     assert recall_at_k(embeddings, labels, [1], embeddings, labels) == {1: 1.0}
     assert map_at_r(embeddings, labels, embeddings, labels) == 1.0
+
+
+@pytest.mark.parametrize("gallery", [None, [1, 4, 4]])
+def test_queries_that_have_a_match(gallery):
+    """Those that `retrieval_metrics` has a hit or a miss of, in its order."""
+    labels = [1, 2, 1, 3, 4]
+    images = torch.eye(8)
+    others = () if gallery is None else (images[5:], gallery)
+    with pytest.warns(UserWarning, match="queries have no"):
+        _, hits = retrieval_metrics(images[:5], labels, [1], *others)
+    found = have_match(labels, gallery)
+    assert found.tolist() == [each in (gallery or [1]) for each in labels]
+    assert len(hits) == found.sum()
 
 
 def test_queries_without_a_match_are_left_out_and_counted():

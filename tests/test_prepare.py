@@ -46,6 +46,7 @@ from abe.data.samplers import PairBatchSampler
 from abe.data.splits import open_splits
 from abe.data.transforms import Preprocessing, pad_to_square
 from abe.errors import InputError
+from abe.recipes import get_recipe
 
 # Python 3.12 warns of what every DataLoader on Linux does; the workers run no thread of the parent.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -169,9 +170,21 @@ def test_the_cache_takes_the_squares(birds, prepared):
 def test_training_needs_the_prepared_side(prepared):
     message = refusal(open_splits, DataConfig(source=str(prepared), resize=32, crop=16), "paper")
     assert message == (
-        f"{prepared} was prepared with --size 24, but data.resize is 32: set data.resize=24, or "
-        "prepare the images again with --size 32"
+        f"{prepared} was prepared with --size 24, but data.resize is 32: prepare the images again "
+        "with --size 32, or set data.resize=24, and data.crop with it: it is a part of that many "
+        "pixels"
     )
+
+
+def test_the_size_by_default_is_that_of_a_training(birds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["abe", "data", "prepare", str(birds)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code, capsys.readouterr().err
+    (made,) = (path for path in tmp_path.iterdir() if path.name.startswith(f"{birds.name}-"))
+    config = get_recipe("photographs").data.model_copy(update={"source": str(made)})
+    assert len(open_splits(config, "paper").train) > 0
 
 
 def test_splits_are_those_of_the_files(birds, prepared):

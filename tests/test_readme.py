@@ -5,6 +5,7 @@ Python blocks run as they stand, in order, in one namespace; so do shell blocks 
 and option and every `make` target has to exist.
 """
 
+import json
 import os
 import re
 import shlex
@@ -14,12 +15,14 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import blocks, run_python
 from PIL import Image
 
-from abe.results import replace_between
+from abe.config import Config
+from abe.results import read_records, replace_between
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -122,6 +125,9 @@ CLAIMS = {  # of README's table
     "ABE-4 above 1-head, both with multi-similarity": (
         "recall@1 of ABE-4^512, multi-similarity is above that of 1-head^512, multi-similarity"
     ),
+    "1-head: multi-similarity above Eq. 10": (
+        "recall@1 of 1-head^512, multi-similarity is above that of 1-head^512, Eq. 10 balanced"
+    ),
     "ABE-4: multi-similarity above Eq. 10": (
         "recall@1 of ABE-4^512, multi-similarity is above that of ABE-4^512, Eq. 10 balanced"
     ),
@@ -200,3 +206,25 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             run_python(block, README, namespace)
         elif block["run"]:
             subprocess.run(["bash", "-euo", "pipefail", "-c", shell_code(block)], check=True)
+
+
+def test_eq_9_changes_nothing_in_heads_on_one_device() -> None:
+    """What the text says of pairs of runs of 4-heads that differ in Eq. 9 alone."""
+    pairs: dict[str, dict[bool, dict[str, Any]]] = {}
+    for record in read_records(ROOT / "results/runs.jsonl"):
+        config = Config.from_json(record["config"])
+        if config.model.network != "m-heads" or config.model.num_learners != 4:
+            continue
+        ran = [record["environment"].get(key) for key in ("device", "gpu", "precision")]
+        alone = config.with_overrides(["train.divergence_weight=0", "recipe=any"]).portable()
+        key = json.dumps([alone, record["weights"]["sha256"], record.get("images_digest"), ran])
+        pairs.setdefault(key, {})[config.train.divergence_weight > 0] = record
+    both = [tuple(pair.values()) for pair in pairs.values() if len(pair) == 2]
+    for first, second in both:
+        assert first["scores"]["ensemble"] == second["scores"]["ensemble"]
+        assert first["scores"]["similarity"] == second["scores"]["similarity"]
+        assert first["selection_recall@1"] == second["selection_recall@1"]
+    said = " ".join(README.read_text(encoding="utf-8").split())
+    assert (
+        f"of {len(both)} pairs of runs on one device and precision every score is the same" in said
+    )

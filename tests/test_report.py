@@ -244,6 +244,7 @@ def test_line_chart_maps_steps_and_values() -> None:
     long = figures.line_chart("t", "u", {"a": ("s", [(step, 1.0) for step in range(100_000)])})
     assert long is not None
     assert long.marks[0].path.count("L") < figures.DRAWN_POINTS
+    assert long.marks[0].path.rpartition("L")[2].startswith("100.0 ")  # the last step
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,12 @@ def record(
     cosine: float = 0.5,
     rate: float = 0.01,
     scale: Scale | None = None,
+    classes: int = 80,
 ) -> Any:
     scale = scale or small(True)
     config = scale.base.with_overrides(
         [*arm.settings, f"seed={seed}", f"train.lr={rate}", "data.source=birds"]
-    )
+    ).with_batches_that_fit(classes)
     recall = float(np.mean(hits))
     found = result_record(
         config,
@@ -203,7 +204,7 @@ def record(
         },
         best=None,
         data={"name": "birds", "skipped": 0, "test_images": len(hits), "test_classes": 2}
-        | {"train_classes": 2, "select_classes": 2},
+        | {"train_classes": classes, "select_classes": 2},
         weights={"source": "start", "sha256": "0123456789abcdef"},
         environment={"commit": "c0ffee", "gpu": None, "precision": "bf16"},
         images_digest="1" * 12,
@@ -491,6 +492,20 @@ def test_a_page_has_runs_of_both_scales() -> None:
     assert page.count("`full`, protocol `val`: 10000 steps") > 1
 
 
+def test_a_page_has_runs_whose_batches_were_made_to_fit() -> None:
+    """Few classes make smaller batches: the runs are those of their rows all the same."""
+    better, worse = EXPERIMENTS["table2"].arms(4)
+    records = [
+        record(arm, seed, hits, classes=6)
+        for seed in range(3)
+        for arm, hits in ((better, [True] * 9), (worse, [False] * 9))
+    ]
+    assert records[0]["config"]["train"]["batch_size"] == 24
+    page = results_page(records)
+    assert f"| {EXPERIMENTS['table2'].claims(4)[0]} | shown +100.0 |" in page
+    assert "which have settings that no row has" not in page
+
+
 def test_a_claim_is_not_run_at_the_scale_that_others_of_its_kind_are_run_at() -> None:
     of_single = [arm for arm in EXPERIMENTS["losses"].arms(4) if arm.name.startswith("1-head")]
     (printed,) = [
@@ -773,6 +788,18 @@ def test_a_rate_that_is_clearly_behind_is_given_up_by_the_seeds_to_come(
     table, *_ = planned.write("table2", EXPERIMENTS["table2"])
     assert "3 of 12 runs are missing." in table.read_text()
     assert "1 of 12 runs are not needed: with other seeds their rates" in table.read_text()
+
+
+def test_runs_that_were_trained_on_other_images_are_none_of_these(planned: Reproduction) -> None:
+    first, *_ = planned.plan(EXPERIMENTS["table2"])
+    row = first.arm
+    before = left_of(planned, row.name)
+    found = of_run(first, planned, 0.5)
+    elsewhere = found | {"data": found["data"] | {"trained_on": "a part of them"}}
+    append_record(planned.results, elsewhere)
+    assert left_of(planned, row.name) == before
+    append_record(planned.results, found)
+    assert left_of(planned, row.name) == before[1:]
 
 
 def test_the_best_rate_is_not_given_up_because_of_one_that_is(planned: Reproduction) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import resource
 import statistics
@@ -21,6 +22,7 @@ from abe.errors import InputError
 from abe.results import (
     Summary,
     append_record,
+    best_rate,
     data_title,
     markdown_table,
     method_name,
@@ -450,7 +452,33 @@ def test_other_data_than_a_run_was_trained_on_are_said() -> None:
     stamped = other | {"stamps": ["partial, 3 of 9"]}
     assert data_title(stamped) == "gulls (trained on finches; partial, 3 of 9)"
     tested = record() | {"data": stamped}
-    assert markdown_table(summarize([tested])).startswith(f"**{data_title(stamped)}**: ")
+    table = markdown_table(summarize([tested]))
+    assert table.startswith(f"**{data_title(stamped)}**: ")
+    assert "not seen in training" not in table
+    assert "not seen in training" in markdown_table(summarize([record()]))
+
+
+def test_names_that_no_terminal_can_show_are_escaped() -> None:
+    """A folder's name may be other than UTF-8, and be found out when a run of hours is over."""
+    name = os.fsdecode(b"St\xfchle")
+    shown = data_title(DATA | {"name": name})
+    assert shown == r"St\udcfchle"
+    assert shown.encode("utf-8")
+
+
+def test_a_start_is_the_same_under_another_name() -> None:
+    """And a recipe is a name as well: what it sets is in the settings."""
+    first, second = record("seed=0"), record("seed=1", "recipe=another")
+    for found, name in ((first, "start.safetensors"), (second, "copied.safetensors")):
+        found["weights"] = {"source": name, "sha256": "0123456789abcdef"}
+        found["config"]["model"]["weights"] = name
+    (summary,) = summarize([first, second])
+    assert summary.seeds == 2
+
+
+def test_of_rates_that_are_as_good_the_lowest_is_taken() -> None:
+    for order in ((0.01, 0.003), (0.003, 0.01)):
+        assert best_rate({rate: {0: 0.1, 1: 0.2} for rate in order}) == 0.003
 
 
 def test_scores_table_shows_what_it_was_given() -> None:

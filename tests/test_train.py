@@ -32,7 +32,8 @@ from abe.errors import DivergedError, InputError
 from abe.evaluate import evaluate_run
 from abe.model import AttentionEnsemble
 from abe.optimizer import lr_factor
-from abe.runtime import read_json_lines
+from abe.run_folder import recorded_precision
+from abe.runtime import read_json_lines, write_json
 from abe.train import GateStatistics, Trainer
 
 SILENT = Console(quiet=True)
@@ -198,6 +199,46 @@ def test_the_score_of_another_checkpoint_is_not_the_run_s(finished: Path) -> Non
     for step, path in steps.items():
         name = "ABE-2^8" if step == selected else f"ABE-2^8 at step {step}"
         assert evaluate_run(path)["method"] == name
+
+
+def test_the_score_of_an_unfinished_run_is_not_the_run_s(finished: Path, tmp_path: Path) -> None:
+    """It has the same configuration, and would count as done."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "result.json").unlink()  # the disk was full when it was whole
+    assert evaluate_run(run)["method"] == "ABE-2^8"
+    first, *later = checkpoints(run)
+    for path in later:
+        shutil.rmtree(path)
+    step = int(first.name.removeprefix("step-"))
+    assert step < TINY.train.steps
+    assert evaluate_run(run)["method"] == f"ABE-2^8 at step {step}"
+
+
+def test_what_decides_no_result_may_change_when_a_run_goes_on(
+    finished: Path, tmp_path: Path
+) -> None:
+    """As fewer images at a time, where the memory was too small for the first step."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    changed = TINY.with_overrides(["train.chunk_size=4", "data.workers=1", "tracking=none"])
+    trainer = Trainer.begin(changed, run, SILENT)
+    assert trainer.step == TINY.train.steps
+    found = trainer.config
+    assert (found.train.chunk_size, found.data.workers, found.tracking) == (4, 1, ())
+
+
+def test_a_log_that_is_gone_is_begun_anew(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").unlink()
+    assert Trainer.resume(run, SILENT).fit() is not None
+
+
+def test_precision_is_that_of_the_device_it_was_recorded_on(tmp_path: Path) -> None:
+    write_json(tmp_path / "environment.json", {"device": "cuda", "precision": "bf16"})
+    assert recorded_precision(tmp_path, torch.device("cuda")) == "bf16"
+    assert recorded_precision(tmp_path, torch.device("cpu")) == "auto"
 
 
 def test_another_device_can_be_named_for_a_run(finished: Path) -> None:

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from abe.checkpoint import load_selected
     from abe.config import Config
     from abe.errors import InputError
     from abe.evaluate import embed
     from abe.losses import contrastive_loss, divergence_loss, ensemble_loss
     from abe.metrics import recall_at_k
     from abe.model import AttentionEnsemble, MHeads, MHeadsWithAttention, MTails, concat
+    from abe.neighbors import nearest_neighbors
     from abe.recipes import get_recipe
     from abe.train import Trainer
 
@@ -23,6 +25,8 @@ _SOURCES = {
     "Trainer": "abe.train",
     "get_recipe": "abe.recipes",
     "embed": "abe.evaluate",
+    "load_selected": "abe.checkpoint",
+    "nearest_neighbors": "abe.neighbors",
     "recall_at_k": "abe.metrics",
     "contrastive_loss": "abe.losses",
     "divergence_loss": "abe.losses",
@@ -49,6 +53,8 @@ __all__ = [
     "embed",
     "ensemble_loss",
     "get_recipe",
+    "load_selected",
+    "nearest_neighbors",
     "recall_at_k",
 ]
 

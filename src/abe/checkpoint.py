@@ -134,27 +134,16 @@ class Checkpoint:
         Raises:
             InputError: it is of other parameters.
         """
-        parameters = [value for group in optimizer.param_groups for value in group["params"]]
-        by_number = {str(index): index for index in range(len(parameters))}
-        state: dict[int, dict[str, Tensor]] = {}
-        of_loss: dict[str, Tensor] = {}
+        of: dict[str, dict[str, Tensor]] = {"optimizer": {}, "metric_loss": {}}
         for key, value in self.training.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                number, _, name = rest.partition(".")
-                index = by_number.get(number)
-                if index is None or value.shape not in (parameters[index].shape, torch.Size()):
-                    raise self._misfit(_TRAINING)
-                state.setdefault(index, {})[name] = value
-            elif kind == "metric_loss":
-                of_loss[rest] = value
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": settings})
-        if metric_loss is not None:
-            try:
-                metric_loss.load_state_dict(of_loss)
-            except RuntimeError:
-                raise self._misfit(_TRAINING) from None
+            kind, _, name = key.partition(".")
+            of.setdefault(kind, {})[name] = value
+        try:
+            load_optimizer(optimizer, of["optimizer"])
+            if metric_loss is not None:
+                metric_loss.load_state_dict(of["metric_loss"])
+        except (RuntimeError, LookupError, ValueError):
+            raise self._misfit(_TRAINING) from None
 
     def _misfit(self, file: str) -> InputError:
         return InputError(
@@ -225,6 +214,11 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; or the only one, aside when a kill came."""
     folder = run / "checkpoints"
     return sorted(folder.glob("step-*")) or list(folder.glob(_REPLACED))
+
+
+def is_complete(run: Path, config: Config) -> bool:
+    """Whether a run has the checkpoint of its last step."""
+    return checkpoints(run)[-1].name == _name(config.train.steps)
 
 
 def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:
@@ -316,6 +310,33 @@ def training_tensors(
         own = metric_loss.state_dict()
         tensors |= {f"metric_loss.{name}": value for name, value in own.items()}
     return tensors
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimiser the state of its parameters, with the strides that it had.
+
+    Tensors with others are slower to update, and may round otherwise.
+
+    Args:
+        optimizer: with the parameters that the state is of.
+        tensors: "<number of the parameter>.<name>" -> a part of its state.
+
+    Raises:
+        LookupError, ValueError: the state is of other parameters.
+    """
+    of_all = (value for group in optimizer.param_groups for value in group["params"])
+    parameters = dict(enumerate(of_all))
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        elif value.ndim:
+            raise ValueError(f"{name} of parameter {number} has the shape {tuple(value.shape)}")
+        state.setdefault(int(number), {})[name] = value
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
 
 
 def _name(step: int) -> str:

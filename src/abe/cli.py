@@ -51,7 +51,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting that `abe config` prints, e.g. train.lr=1e-4. Repeatable.",
+        help="Change a setting, e.g. train.lr=1e-4; `abe config --explain` lists all. Repeatable.",
     ),
 ]
 Weights = Annotated[
@@ -340,6 +340,11 @@ def evaluate(
 
     if not run.exists():
         raise InputError(f"{run}: there is no such run")
+    if allow_partial and data is None and root is None:
+        raise InputError(
+            "--allow-partial is of other images than the run's own: give DATA or --root, or leave "
+            "it out"
+        )
     file = _results_file(results, run)
     record = evaluate_run(run, data, root, allow_partial, device)
     if _RANK == 0:
@@ -699,11 +704,18 @@ def config(
     skip_broken: SkipBroken = False,
     allow_partial: AllowPartial = False,
     overrides: Overrides = None,
+    explained: Annotated[
+        bool, typer.Option("--explain", help="Print a table instead: what each takes and means.")
+    ] = False,
 ) -> None:
     """Print all settings that `abe train` would use, as JSON.
 
     Each can be changed by --set, for example --set train.lr=1e-4 --set model.network=m-heads.
     """
+    from rich.table import Table
+
+    from abe.config import explain
+
     resolved = _configure(
         recipe,
         overrides,
@@ -715,7 +727,13 @@ def config(
         skip_broken=skip_broken,
         allow_partial=allow_partial,
     )
-    typer.echo(json.dumps(resolved.to_json(), indent=2))
+    if not explained:
+        typer.echo(json.dumps(resolved.to_json(), indent=2))
+        return
+    table = Table("setting", "is", "takes", "meaning", box=None, pad_edge=False)
+    for setting in explain(resolved):
+        table.add_row(*setting)
+    out.print(table)
 
 
 @data_app.command()
@@ -770,8 +788,14 @@ def prepare_data(
     ],
     root: Root = None,
     size: Annotated[
-        int, typer.Option(metavar="PIXELS", min=8, help="Side of the squares: data.resize.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=8,
+            help="Side of the squares: data.resize of what is to be trained. Default: that of "
+            "`abe train DATA`, 128.",
+        ),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Folder to make. Default: <DATA>-<PIXELS>."),
@@ -787,7 +811,9 @@ def prepare_data(
     from abe.data.datasets import ImageFiles
     from abe.data.prepare import prepare
     from abe.data.splits import open_source
+    from abe.recipes import photographs
 
+    size = size or photographs().data.resize
     settings = {"root": root, "allow_partial": allow_partial, "resize": size, "crop": size}
     source = open_source(DataConfig(source=data, **settings))
     if not isinstance(source.images, ImageFiles):

@@ -12,8 +12,9 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path, PurePath
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -35,6 +36,7 @@ class _Section(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # --set data.source=2010 is a folder's name
+        use_attribute_docstrings=True,
     )
 
     @classmethod
@@ -58,13 +60,21 @@ class ModelConfig(_Section):
     """Which network (section 3 and supplement), and what it starts from."""
 
     network: Literal["abe", "m-heads", "m-heads+att", "m-tails"] = "abe"
+    """ABE-M, or what it is compared with (Tables 1 and 8); 1-head is m-heads of 1 learner."""
     num_learners: int = Field(8, ge=1)
-    embedding_dim: int = Field(512, ge=1)  # D, of the ensemble
+    """M, of the ensemble."""
+    embedding_dim: int = Field(512, ge=1)
+    """D, of the ensemble: each learner has D / M."""
     backbone: str = "googlenet"
-    branch_point: str | None = None  # last stage of S; None: the backbone's own (Fig. 7b)
-    attention_depth: int | None = Field(None, ge=1)  # blocks in C; None: the backbone's (Fig. 7a)
+    """googlenet (the paper's), googlenet_bn or resnet50."""
+    branch_point: str | None = None
+    """Last stage of S; none: the backbone's own (Fig. 7b)."""
+    attention_depth: int | None = Field(None, ge=1)
+    """Blocks in the attention trunk C; none: the backbone's own (Fig. 7a)."""
     attention_width: float = Field(1.0, gt=0)
-    weights: str | None = "googlenet-mini-imagenet-v2"  # a known name or a file; None: random
+    """Factor on the channels of C; other than 1, C starts from random weights."""
+    weights: str | None = "googlenet-mini-imagenet-v2"
+    """The pretrained start: a known name or a file; none: random weights."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -87,18 +97,30 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which images, how they are split, and how large they enter the network (section 4)."""
 
-    source: str = "synthetic"  # that, a folder, a CSV file, or with `root` a benchmark's name
-    root: str | None = None  # folder that the benchmark was unpacked into
-    allow_partial: bool = False  # go on with a part of a benchmark, and say so in every result
-    split_classes: float = Field(0.5, gt=0, lt=1)  # training share of the classes
-    val_classes: float = Field(0.2, gt=0, lt=1)  # share of the training classes held out
-    resize: int = Field(256, ge=8)  # side of the padded square
-    crop: int = Field(224, ge=8)  # side of what the network sees
+    source: str = "synthetic"
+    """synthetic, which abe draws; a folder, a CSV file, or with data.root a benchmark's name."""
+    root: str | None = None
+    """Folder that the benchmark was unpacked into."""
+    allow_partial: bool = False
+    """Go on with a part of a benchmark, and say so in every result."""
+    split_classes: float = Field(0.5, gt=0, lt=1)
+    """Share of the classes to train with; the rest is the test."""
+    val_classes: float = Field(0.2, gt=0, lt=1)
+    """Share of the training classes that is held out to choose a checkpoint by."""
+    resize: int = Field(256, ge=8)
+    """Side of the padded square, in pixels."""
+    crop: int = Field(224, ge=8)
+    """Side of what the network sees of it: a part by chance to train, the centre to test."""
     skip_broken: bool = False
-    cache: bool = False  # keep the decoded squares in memory
-    workers: int = Field(0, ge=0)  # processes that read images; 0: the main one
+    """Leave out files that cannot be read, and say how many."""
+    cache: bool = False
+    """Keep the decoded squares in memory."""
+    workers: int = Field(0, ge=0)
+    """Processes that read images; 0: the main one."""
     synthetic_classes: int = Field(200, ge=4)
-    synthetic_images: int = Field(20, ge=2)  # a class
+    """Of the images that abe draws."""
+    synthetic_images: int = Field(20, ge=2)
+    """The same, of each class."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -122,37 +144,65 @@ class TrainConfig(_Section):
     """Mini-batches, losses (Eqs. 8-10), optimiser and schedule."""
 
     steps: int = Field(1000, ge=0)
-    sampler: Literal["pairs", "classes"] = "pairs"  # the paper's, or P classes x K images
+    """Mini-batches."""
+    sampler: Literal["pairs", "classes"] = "pairs"
+    """The paper's batches of pairs, half of them positive; or P classes of K images."""
     batch_size: int = Field(64, ge=4)
-    images_per_class: int = Field(4, ge=2)  # K of "classes"
+    """Images of a mini-batch, of all processes together."""
+    images_per_class: int = Field(4, ge=2)
+    """K of the sampler "classes"."""
 
-    metric_loss: str = "contrastive"  # Eq. 10, or "MultiSimilarityLoss(alpha=2)" and the like
+    metric_loss: str = "contrastive"
+    """Eq. 10; or one of pytorch-metric-learning, as "MultiSimilarityLoss(alpha=2)"."""
     margin: float = Field(1.0, gt=0)
+    """Of Eq. 10, in squared distance between unit vectors (0 to 4)."""
     normalization: Literal["per_image", "sum", "balanced"] = "per_image"
-    normalize_embeddings: bool = True  # False hands the metric loss raw embeddings
-    divergence_weight: float = Field(1.0, ge=0)  # lambda_div of Eq. 8; 0 switches Eq. 9 off
+    """What divides Eq. 10: the images, as printed; nothing; for each kind of pair, its number."""
+    normalize_embeddings: bool = True
+    """False hands raw embeddings to the metric loss."""
+    divergence_weight: float = Field(1.0, ge=0)
+    """lambda_div of Eq. 8; 0 switches Eq. 9 off."""
     divergence_margin: float = Field(1.0, gt=0)
+    """Of Eq. 9, in squared distance."""
     divergence_normalization: Literal["per_image", "sum", "per_pair"] = "per_image"
-    divergence_warmup: int = Field(0, ge=0)  # steps over which lambda_div grows from 0
+    """What divides Eq. 9: the images, as in Eq. 10; nothing; all pairs of learners."""
+    divergence_warmup: int = Field(0, ge=0)
+    """Steps in which lambda_div grows from 0."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD has momentum."""
     lr: float = Field(1e-3, gt=0)
+    """The learning rate at its highest."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD."""
     weight_decay: float = Field(2e-4, ge=0)
-    bias_lr_factor: float = Field(2.0, gt=0)  # Caffe's habit; biases do not decay either
-    new_layer_lr_factor: float = Field(10.0, gt=0)  # for what no pretrained weights reached
-    loss_lr_factor: float = Field(10.0, gt=0)  # for the metric loss's own parameters
+    """Of weights; biases and norms do not decay."""
+    bias_lr_factor: float = Field(2.0, gt=0)
+    """On the rate of biases: Caffe's habit."""
+    new_layer_lr_factor: float = Field(10.0, gt=0)
+    """On the rate of what no pretrained weights reached."""
+    loss_lr_factor: float = Field(10.0, gt=0)
+    """On the rate of the metric loss's own parameters, as proxies are."""
     schedule: Literal["constant", "cosine", "steps"] = "constant"
-    warmup: int = Field(0, ge=0)  # steps of linear growth
-    decay_every: int = Field(10_000, ge=1)  # "steps": multiply by decay_factor this often
+    """What the rate does after its warm-up."""
+    warmup: int = Field(0, ge=0)
+    """Steps in which the rate grows from 0."""
+    decay_every: int = Field(10_000, ge=1)
+    """Of the schedule "steps": how often the rate is multiplied by decay_factor."""
     decay_factor: float = Field(0.1, gt=0, le=1)
-    clip_norm: float | None = Field(None, gt=0)  # of the whole gradient
+    """Of the schedule "steps"."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Longest gradient, of all parameters together; a longer one is scaled. none: any."""
 
-    activation_checkpointing: bool = False  # a quarter of the memory, a third more time
-    chunk_size: int | None = Field(None, ge=1)  # images embedded at a time; None: the whole batch
+    activation_checkpointing: bool = False
+    """Less memory: what the gradient needs is computed twice. The result is the same."""
+    chunk_size: int | None = Field(None, ge=1)
+    """Images embedded at a time, for less memory; none: all. The result is the same."""
 
-    eval_every: int = Field(1000, ge=1)  # steps between evaluations, each with a checkpoint
+    eval_every: int = Field(1000, ge=1)
+    """Steps between evaluations, each with a checkpoint."""
     log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
 
     @model_validator(mode="after")
     def _batches_are_whole(self) -> Self:
@@ -170,16 +220,36 @@ class TrainConfig(_Section):
         return self
 
 
+_INCIDENTAL = (  # decides no result
+    "device",
+    "ranks_timeout",
+    "tracking",
+    "data.root",
+    "data.allow_partial",
+    "data.workers",
+    "data.cache",
+    "train.activation_checkpointing",
+    "train.chunk_size",
+)
+
+
 class Config(_Section):
     """A whole run."""
 
-    recipe: str = "paper"  # where the settings came from, for the record
+    recipe: str = "paper"
+    """Where the settings came from, for the record."""
     seed: int = Field(0, ge=0, lt=2**63)
-    protocol: Protocol = "val"  # what picks the checkpoint, see docs/protocol.md
+    """Of weights, batches, crops and held-out classes."""
+    protocol: Protocol = "val"
+    """What picks the checkpoint: held-out classes; the test images (paper); val, with both told."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto: the fastest there is."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    ranks_timeout: float = Field(60.0, gt=0, le=86_400)  # seconds a step waits for a process
+    """Of the network; auto: bf16 where it is faster."""
+    ranks_timeout: float = Field(60.0, gt=0, le=86_400)
+    """Seconds that a step waits for another process."""
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: names, with commas between them, or none."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -222,16 +292,28 @@ class Config(_Section):
     def portable(self) -> dict[str, Any]:
         """What decides a result, without what only says where and how fast it was computed."""
         values = self.to_json()
-        for key in ("device", "ranks_timeout", "tracking"):
-            del values[key]
-        for key in ("root", "allow_partial", "workers", "cache"):
-            del values["data"][key]
-        for key in ("activation_checkpointing", "chunk_size"):
-            del values["train"][key]
+        for key in _INCIDENTAL:
+            *sections, name = key.split(".")
+            del reduce(dict.__getitem__, sections, values)[name]
         values["data"]["source"] = PurePath(self.data.source).name
         if self.model.weights is not None:
             values["model"]["weights"] = PurePath(self.model.weights).name
         return values
+
+    def incidental(self) -> list[str]:
+        """What `portable` leaves out, and where its files are, as `with_overrides` takes it."""
+        values = self.to_json()
+        keys = (*_INCIDENTAL, "data.source", "model.weights")
+        found = {key: reduce(dict.__getitem__, key.split("."), values) for key in keys}
+        return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+
+    def with_batches_that_fit(self, num_classes: int) -> Self:
+        """The same, with fewer classes a batch where there are not as many to learn from."""
+        train = self.train
+        fits = max(2, num_classes) * train.images_per_class
+        if train.sampler != "classes" or train.batch_size <= fits:
+            return self
+        return self.with_overrides([f"train.batch_size={fits}"])
 
     def anchored(self) -> Self:
         """The same with full paths, so that it finds its files from any working folder."""
@@ -262,15 +344,19 @@ class PretrainConfig(_Section):
     """A start to be made for a backbone, by classification (`abe pretrain`)."""
 
     backbone: str = "googlenet"
+    """As model.backbone."""
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     data: DataConfig = DataConfig(resize=84, crop=64)
-    held_out: int = Field(30, ge=1)  # images a class for top-1, but a fifth of a class at most
+    held_out: int = Field(30, ge=1)
+    """Images a class for top-1, but a fifth of a class at most."""
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(128, ge=2)
-    lr: float = Field(0.03, gt=0)  # at its highest
-    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps in which the rate grows
+    lr: float = Field(0.03, gt=0)
+    """At its highest."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps in which the rate grows."""
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -300,6 +386,65 @@ class PretrainConfig(_Section):
             schedule="cosine",
             warmup=round(self.warmup * steps),
         )
+
+
+class Setting(NamedTuple):
+    """A setting of a run, for a person to read."""
+
+    key: str
+    """Its full name, as --set takes it."""
+    value: str
+    """What it is, as --set takes it."""
+    takes: str
+    """What it may be: "integer >= 0", "sgd | adamw"."""
+    meaning: str
+
+
+def explain(config: Config) -> list[Setting]:
+    """All settings of a run, in their order."""
+    schema = Config.model_json_schema()
+    found = []
+    for key in _keys(Config):
+        *sections, name = key.split(".")
+        fields, values = schema["properties"], config.to_json()
+        for section in sections:
+            fields = schema["$defs"][fields[section]["$ref"].rpartition("/")[2]]["properties"]
+            values = values[section]
+        field = fields[name]
+        found.append(Setting(key, _shown(values[name]), _takes(field), field["description"]))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value) or "none"
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+
+def _takes(field: dict[str, Any]) -> str:
+    """What a field of a JSON schema may be."""
+    if "anyOf" in field:
+        return " | ".join(_takes(each) for each in field["anyOf"])
+    if "enum" in field:
+        return " | ".join(field["enum"])
+    bounds = {
+        "minimum": ">=",
+        "exclusiveMinimum": ">",
+        "maximum": "<=",
+        "exclusiveMaximum": "<",
+    }
+    limits = [f"{sign} {field[name]}" for name, sign in bounds.items() if name in field]
+    match field["type"]:
+        case "null":
+            return "none"
+        case "boolean":
+            return "true | false"
+        case "array":
+            return f"some of {_takes(field['items'])}"
+        case "string":
+            return "text"
+        case kind:
+            return " ".join([kind, " and ".join(limits)]).strip()
 
 
 def _require_crop(crop: int, key: str, backbone: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -13,7 +16,10 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import wrap_file
 
-from abe.errors import InputError
+from abe.errors import InputError, TakenError
+from abe.runtime import locked
+
+WAIT_SECONDS = 1.0  # between two looks whether another process has fetched a file
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
     """Fetch a file that has an address into `folder` unless it is there; -> its path, verified.
 
     The bytes go to a `.part` file beside it, which an interrupted download leaves behind and the
-    next one continues, and which is renamed when it is complete and its checksum is right.
+    next one continues, and which is renamed when it is complete and its checksum is right. Of
+    several processes one fetches it, and the others wait.
 
     Args:
         file: what to fetch.
@@ -58,11 +65,14 @@ def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
                 raise InputError(f"{path} has {difference}: remove it, and it is fetched again")
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        _continue(file, partial)
-        difference = checksum_difference(partial, file)
-        if difference is None:
-            return partial.replace(path)
-        partial.unlink()
+        with _alone(path):
+            if path.exists():  # another process has fetched it meanwhile
+                return path
+            _continue(file, partial)
+            difference = checksum_difference(partial, file)
+            if difference is None:
+                return partial.replace(path)
+            partial.unlink()
     except (OSError, HTTPException) as error:
         raise InputError(
             f"{file.name}: the download to {partial} failed ({error}). "
@@ -72,6 +82,23 @@ def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
         f"{file.name}: what {file.url} sent has {difference}, so it was deleted. "
         f"Try again, or {by_hand}"
     )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While it lasts, no other process fetches this file; it begins when there is none."""
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(lock, f"{path} is being fetched"))
+                break
+            except TakenError:
+                time.sleep(WAIT_SECONDS)
+        yield
+    if path.exists():  # who waits for the lock no longer needs it
+        with suppress(OSError):
+            lock.unlink()
 
 
 def partial_path(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Embed a data set, and score the ensemble and every learner.
+"""Embed a data set, and score the ensemble and every learner; of a run, again and on other images.
 
 Shapes: N images, M learners, d the size of a learner's embedding, D = M * d.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from abe.checkpoint import Best, Checkpoint, load_selected
+from abe.checkpoint import Best, Checkpoint, is_complete, load_selected
 from abe.config import Config
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
@@ -23,7 +23,7 @@ from abe.data.splits import Splits, open_splits
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.intervals import pack, pack_classes
-from abe.metrics import KS, nmi, retrieval_metrics
+from abe.metrics import KS, have_match, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
 from abe.results import method_name, result_record
@@ -170,7 +170,8 @@ def evaluate_test(
         gallery_labels, candidates = splits.gallery.labels, len(splits.gallery)
     ks = [k for k in splits.ks if k <= candidates]
     scores = score(embeddings, splits.test.labels, ks, gallery, gallery_labels, ranks)
-    scores["hits@1"] |= {"order": splits.test_order, "classes": pack_classes(splits.test.labels)}
+    answered = splits.test.labels[have_match(splits.test.labels, gallery_labels)]
+    scores["hits@1"] |= {"order": splits.test_order, "classes": pack_classes(answered)}
     record = result_record(
         config,
         scores=scores,
@@ -373,8 +374,9 @@ def evaluate_run(
     ranks = Ranks(config.device, config.ranks_timeout)
     checkpoint = checkpoint_of_first(ranks, checkpoint)
     precision: Precision | None = None
-    if config.device == checkpoint.config.device and config.precision == "auto":
-        found = recorded_precision(path if checkpoint.path != path else path.parent.parent)
+    if config.precision == "auto":
+        run = path if checkpoint.path != path else path.parent.parent
+        found = recorded_precision(run, ranks.device)
         precision = None if found == "auto" else found
     model = checkpoint.build_model().to(ranks.device)
     if data is None and root is None:
@@ -410,13 +412,13 @@ def evaluate_run(
 
 
 def _method(path: Path, checkpoint: Checkpoint) -> str | None:
-    """What to call a checkpoint that is not the one its run selected; None for that one."""
+    """What to call a checkpoint that is not the one its whole run selected; None for that one."""
     if checkpoint.path != path:
-        return None
-    result = path.parent.parent / "result.json"
-    if result.exists() and read_json(result).get("selected_step") == checkpoint.step:
-        return None
-    return f"{method_name(checkpoint.config)} at step {checkpoint.step}"
+        whole = is_complete(path, checkpoint.config)
+    else:
+        result = path.parent.parent / "result.json"
+        whole = result.exists() and read_json(result).get("selected_step") == checkpoint.step
+    return None if whole else f"{method_name(checkpoint.config)} at step {checkpoint.step}"
 
 
 def _open_own_images(path: Path, config: Config, ranks: Ranks) -> Splits:
@@ -440,7 +442,7 @@ def _facts_of_other_images(splits: Splits, own: dict[str, Any] | None) -> dict[s
     """
     facts = splits.describe()
     if own is None:
-        return facts
+        return facts | {"trained_on": "images that are not known"}
     if (own["digest"], own["data"]["name"]) == (splits.digest, splits.name):
         return own["data"]  # the run's own, in another place
     learned = {key: n for key, n in own["data"].items() if key.startswith(("train_", "select_"))}

@@ -160,8 +160,7 @@ class Scale:
 
 def full() -> Scale:
     """The paper's setting: 224 px, D = 512, batch 64, ImageNet weights."""
-    base = paper().with_overrides(["model.weights=bvlc-googlenet"])
-    return Scale(base, learners=8, rates=(1e-4, 3e-4))
+    return Scale(paper(), learners=8, rates=(1e-4, 3e-4))
 
 
 def small(own_images: bool) -> Scale:

@@ -133,6 +133,24 @@ def retrieval_metrics(
     return shares | _precisions(retrieval), (found == 0).cpu().numpy()
 
 
+def have_match(labels: Array, gallery_labels: Array | None = None) -> NDArray[np.bool_]:
+    """Which queries `retrieval_metrics` has a hit or a miss of: not those without a match.
+
+    Args:
+        labels: (Q,), of the queries.
+        gallery_labels: (G,); None where they are compared with each other.
+
+    Returns:
+        (Q,).
+    """
+    labels = np.asarray(labels)
+    if gallery_labels is not None:
+        return np.isin(labels, np.asarray(gallery_labels))
+    _, of_query, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    found: NDArray[np.bool_] = sizes[of_query] > 1
+    return found
+
+
 def nmi(embeddings: Array, labels: Array, seed: int = 0) -> float:
     """Normalised mutual information between labels and k-means clusters, one for each class.
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from abe.checkpoint import training_tensors
+from abe.checkpoint import load_optimizer, training_tensors
 from abe.config import PretrainConfig
 from abe.data.classes import open_classes
 from abe.data.decode import printable
@@ -38,7 +38,7 @@ from abe.model.classifier import Classifier, exported
 from abe.model.weights import load_pretrained, read_weights
 from abe.optimizer import build_optimizer, set_rate
 from abe.progress import step_progress
-from abe.run_folder import ENVIRONMENT, IMAGES, LOCK, LOG, forget_later_steps
+from abe.run_folder import ENVIRONMENT, IMAGES, LOG, alone, forget_later_steps
 from abe.runtime import (
     Precision,
     StopSignal,
@@ -48,8 +48,6 @@ from abe.runtime import (
     choose_precision,
     environment,
     keep_freed_memory,
-    locked,
-    make_folder,
     remove_unfinished,
     replace_text,
     typed,
@@ -190,9 +188,7 @@ class Pretrainer:
             InputError: a file cannot be written; or another process works in the folder, or has
                 gone on there since this was made.
         """
-        make_folder(self.folder)
-        taken = f"{self.folder} is being trained by another process: wait for it, or give another"
-        with locked(self.folder / LOCK, taken):
+        with alone(self.folder):
             there = (self.folder / CHECKPOINT).exists()
             if (_Saved.load(self.folder).step if there else None) != self.saved_step:
                 raise InputError(
@@ -211,9 +207,7 @@ class Pretrainer:
 
     def _begin(self) -> None:
         remove_unfinished(self.folder)
-        log = self.folder / LOG
-        if log.exists():
-            forget_later_steps(log, self.saved_step or 0)
+        forget_later_steps(self.folder / LOG, self.saved_step or 0)
         write_json(self.folder / "config.json", self.config.to_json())
         facts = self.images.describe()
         write_json(self.folder / IMAGES, facts)
@@ -332,26 +326,18 @@ class Pretrainer:
         self.saved_step = self.step
 
     def _restore(self, saved: _Saved) -> None:
-        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         model: dict[str, Tensor] = {}
-        state: dict[int, dict[str, Tensor]] = {}
+        momentum: dict[str, Tensor] = {}
+        for key, value in saved.tensors.items():
+            kind, _, name = key.partition(".")
+            (model if kind == "model" else momentum)[name] = value
         try:
-            for key, value in saved.tensors.items():
-                kind, _, rest = key.partition(".")
-                if kind == "model":
-                    model[rest] = value
-                else:
-                    number, _, name = rest.partition(".")
-                    # With the strides that it had: others may round otherwise.
-                    own = torch.empty_like(parameters[int(number)], requires_grad=False)
-                    state.setdefault(int(number), {})[name] = own.copy_(value)
             self.network.load_state_dict(model)
-        except (RuntimeError, IndexError, ValueError):
+            load_optimizer(self.optimizer, momentum)
+        except (RuntimeError, LookupError, ValueError):
             raise InputError(
                 f"{self.folder / CHECKPOINT} is of another network: begin again in another folder"
             ) from None
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": settings})
         self.step = self.saved_step = saved.step
 
     def _finish(self) -> None:

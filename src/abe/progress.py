@@ -62,8 +62,8 @@ def step_progress(
         TimeRemainingColumn(),
     )
     off = not console.is_terminal  # where it would leave an empty line
-    with Progress(*columns, console=console, transient=True, disable=off) as progress:
-        task = progress.add_task("training", total=steps, completed=done, loss="", rate="")
+    with Progress(*columns, console=console, transient=True, disable=off) as bar:
+        task = bar.add_task("training", total=steps, completed=done, loss="", rate="")
         started = time.perf_counter()
         last = started if told else -math.inf
 
@@ -72,7 +72,7 @@ def step_progress(
             now = time.perf_counter()
             rate = f"{(step - done) / (now - started) * batch_size:.0f} images/s"
             shown = f"loss {loss:.4f}"
-            progress.update(task, completed=step, loss=shown, rate=rate)
+            bar.update(task, completed=step, loss=shown, rate=rate)
             if off and now - last >= PROGRESS_SECONDS:
                 last = now
                 console.print(f"step {step:>6}  {shown}  {rate}", highlight=False)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,7 @@ from abe.runtime import (
     replace_text,
 )
 from abe.start import build_model
-from abe.train import Trainer, with_batches_that_fit
+from abe.train import Trainer
 from abe.verdicts import (
     PAPERS_LEARNERS,
     Row,
@@ -68,11 +69,13 @@ class Run:
     Attributes:
         arm: of the experiment.
         config: with the rate and the seed.
+        digest: of the config, which may be that of a large file of weights.
         gflop: what it computes, as multiplications and additions, evaluations included.
     """
 
     arm: Arm
     config: Config
+    digest: str
     gflop: float
 
 
@@ -108,7 +111,7 @@ class Reproduction:
     def plan(self, experiment: Experiment) -> list[Run]:
         """All trainings of an experiment, one seed after the other."""
         return [
-            Run(arm, config, self._gflop(arm))
+            Run(arm, config, config.digest, self._gflop(arm))
             for seed in self._seeds
             for arm in experiment.arms(self.scale.learners)
             for config in self._configs(arm, experiment.rates(arm, self.scale), seed)
@@ -139,7 +142,7 @@ class Reproduction:
         seen: set[str] = set()  # by this process
         runs = self.plan(experiment)
         while True:
-            missing = [run for run in self.missing(runs) if run.config.digest not in seen]
+            missing = [run for run in self.missing(runs) if run.digest not in seen]
             if not missing:
                 return True
             run, config = missing[0], missing[0].config
@@ -153,13 +156,13 @@ class Reproduction:
                         f"the budget are left: {len(missing)} runs are not begun"
                     )
                     return True
-            seen.add(config.digest)
+            seen.add(run.digest)
             self.console.rule(
                 f"{run.arm.name}, rate {config.train.lr:g}, seed {config.seed}; "
                 f"{len(missing)} to go"
             )
             started = time.monotonic()
-            folder = self._run_folder(config.digest)
+            folder = self._run_folder(run.digest)
             begun = bool(checkpoints(folder))
             try:
                 record = Trainer.begin(
@@ -199,7 +202,7 @@ class Reproduction:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
         runs = self.plan(experiment)
-        of_digest = {run.config.digest: run.arm.name for run in runs}
+        of_digest = {run.digest: run.arm.name for run in runs}
         of_baselines = self._of_baselines.digest
         records: dict[str, list[dict[str, Any]]] = {}
         baselines: dict[str, Arm] = {}
@@ -315,7 +318,7 @@ class Reproduction:
             for record in self._records()
             if not is_baseline(record)
         }
-        digests = [run.config.digest for run in runs]
+        digests = [run.digest for run in runs]
         left = set(digests) - recalls.keys()
         diverged = {digest for digest in left if self._diverged(digest)}
         recalls |= dict.fromkeys(diverged, 0.0)
@@ -349,10 +352,9 @@ class Reproduction:
         """One at each rate."""
         base = self.scale.base
         return [
-            with_batches_that_fit(
-                base.with_overrides([*arm.settings, f"train.lr={rate}", f"seed={seed}"]),
-                self.splits,
-            )
+            base.with_overrides(
+                [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
+            ).with_batches_that_fit(len(np.unique(self.splits.train.labels)))
             for rate in rates
         ]
 
@@ -372,12 +374,14 @@ class Reproduction:
         return self.folder / "runs" / f"{digest}-{self.splits.digest}"
 
     def _records(self) -> list[dict[str, Any]]:
-        """The lines of these images."""
+        """The lines of runs that were trained and tested on these images."""
         found = read_records(self.results) if self.results.exists() else []
         return [
             record
             for record in found
-            if counts(record) and record["images_digest"] == self.splits.digest
+            if counts(record)
+            and record["images_digest"] == self.splits.digest
+            and "trained_on" not in record["data"]
         ]
 
     def _gflop(self, arm: Arm) -> float:
@@ -457,9 +461,9 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
     listed: set[str] = set()
     for name, experiment in experiments.items():
         for run in reproduction.missing(reproduction.plan(experiment)):
-            if run.config.digest in listed:
+            if run.digest in listed:
                 continue
-            listed.add(run.config.digest)
+            listed.add(run.digest)
             seconds = run.gflop / speed
             total += seconds
             rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)

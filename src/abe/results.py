@@ -23,6 +23,7 @@ from torch import Tensor
 
 from abe.checkpoint import Best
 from abe.config import Config
+from abe.data.decode import printable
 from abe.errors import InputError
 from abe.intervals import unpack, unpack_classes
 from abe.ranks import Ranks
@@ -225,16 +226,18 @@ def data_title(data: dict[str, Any]) -> str:
     """
     trained_on = [f"trained on {data['trained_on']}"] if "trained_on" in data else []
     notes = [*trained_on, *data.get("stamps", [])]
-    return f"{data['name']} ({'; '.join(notes)})" if notes else data["name"]
+    title = f"{data['name']} ({'; '.join(notes)})" if notes else data["name"]
+    return printable(title)
 
 
 def _test_images(data: dict[str, Any]) -> str:
     gallery = data.get("gallery_images")
     against = f", searched in {gallery:,} gallery images" if gallery else ""
     skipped = f", unreadable files left out: {data['skipped']:,}" if data["skipped"] else ""
+    unseen = "" if "trained_on" in data else " not seen in training"
     return (
-        f"{data['test_images']:,} test images of {data['test_classes']:,} classes not seen in "
-        f"training{against}{skipped}"
+        f"{data['test_images']:,} test images of {data['test_classes']:,} classes{unseen}{against}"
+        f"{skipped}"
     )
 
 
@@ -303,7 +306,10 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
     """
     groups: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for record in records:
-        key = json.dumps([record["method"], record["data"], _settings(record)], sort_keys=True)
+        own = _settings(record)
+        if record["weights"]:  # whatever their file is called
+            own["model.weights"] = record["weights"]["sha256"]
+        key = json.dumps([record["method"], record["data"], own], sort_keys=True)
         rate, seed = float(record["config"]["train"]["lr"]), int(record["seed"])
         groups.setdefault(key, {}).setdefault(rate, {})[seed] = record
     summaries = []
@@ -333,9 +339,9 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """What scores of a method depend on but for seed and learning rate; weights by their hash."""
+    """What scores of a method depend on but for seed and learning rate."""
     settings = flatten(record["config"])
-    del settings["seed"], settings["train.lr"]
+    del settings["recipe"], settings["seed"], settings["train.lr"]
     if is_baseline(record):
         settings = {k: v for k, v in settings.items() if k.startswith(("data.", "protocol"))}
     if weights := record["weights"]:
@@ -364,15 +370,15 @@ def best_rate(by_rate: Mapping[float, Mapping[int, float]]) -> float:
     """Which rate is best on held-out classes, each two by the seeds that they have in common.
 
     That with the most seeds is beaten by another that some of them have tried, even if others have
-    not yet: what is said of the method then is of fewer seeds.
+    not yet: what is said of the method then is of fewer seeds. Of equals the lowest is taken.
 
     Args:
         by_rate: Recall@1 on held-out classes by rate and seed.
     """
-    best, *others = sorted(by_rate, key=lambda rate: -len(by_rate[rate]))
+    best, *others = sorted(by_rate, key=lambda rate: (-len(by_rate[rate]), rate))
     for rate in others:
         shared = by_rate[rate].keys() & by_rate[best].keys()
-        own, before = (sum(by_rate[each][seed] for seed in shared) for each in (rate, best))
+        own, before = (math.fsum(by_rate[each][seed] for seed in shared) for each in (rate, best))
         best = rate if own > before else best
     return best
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from abe.checkpoint import Checkpoint
@@ -30,10 +31,11 @@ def alone(run: Path) -> AbstractContextManager[object]:
     return locked(run / LOCK, taken)
 
 
-def recorded_precision(run: Path) -> Literal["auto", "fp32", "bf16"]:
-    """What the run computes in as environment.json says; "auto" if it does not."""
+def recorded_precision(run: Path, device: torch.device) -> Literal["auto", "fp32", "bf16"]:
+    """What the run computes in, if environment.json says it of such a device; else "auto"."""
     file = run / ENVIRONMENT
-    found = read_json(file).get("precision") if file.exists() else None
+    told = read_json(file) if file.exists() else {}
+    found = told.get("precision") if told.get("device") == device.type else None
     return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
 
 
@@ -81,10 +83,14 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
 def forget_later_steps(path: Path, step: int) -> None:
     """Cut metrics.jsonl where the checkpoint is; what comes after it is done and logged again.
 
+    A log that is gone is begun anew.
+
     Raises:
         InputError: as `read_log`.
     """
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path, step)))
+    if path.exists():
+        lines = read_log(path, step)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def require_same_images(path: Path, splits: Splits) -> None:

@@ -329,7 +329,7 @@ def require_packages(names: Iterable[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise InputError(
                 f"tracking={name} needs the package {PACKAGES[name]}, which is not installed: pip "
-                f"install {PACKAGES[name]}, or choose others by --set tracking="
+                f"install {PACKAGES[name]}, or choose others, or none: --set tracking=none"
             )
 
 

@@ -13,7 +13,6 @@ rank alone writes and reports.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -184,8 +183,8 @@ class Trainer:
     def _choose_precision(self, checkpoint: Checkpoint | None) -> Precision:
         """The same on all ranks, and on a device the same after an interruption as before it."""
         name = self.config.precision
-        if checkpoint is not None and checkpoint.config.device == self.config.device:
-            name = recorded_precision(self.run) if name == "auto" else name
+        if checkpoint is not None and name == "auto":
+            name = recorded_precision(self.run, self.device)
         chosen: Precision = self.ranks.from_first(choose_precision(name, self.device))
         return chosen
 
@@ -237,17 +236,15 @@ class Trainer:
     ) -> Trainer:
         """A trainer that goes on in `run` if it has a checkpoint, and else begins there.
 
-        The images may have been moved in between. The arguments are those of the class.
+        What decides no result may be other than it was, and files may have been moved in between.
+        The arguments are those of the class.
 
         Raises:
             InputError: as the class and `resume` do.
         """
         if not checkpoints(run):
             return cls(config, run, console, splits=splits)
-        where = [
-            f"data.{key}={json.dumps(getattr(config.data, key))}" for key in ("source", "root")
-        ]
-        return cls.resume(run, console, device=config.device, overrides=where, splits=splits)
+        return cls.resume(run, console, overrides=config.incidental(), splits=splits)
 
     def fit(self, go_on: str | None = None) -> dict[str, Any] | None:
         """Train to the last step, pick the checkpoint, score the test images once.
@@ -327,38 +324,36 @@ class Trainer:
         if self.best is None:
             self._say_first_loss()
         done = None if self.best is None else self.step
-        with (
-            self._open_tracking(done) as self.tracking,
-            StopSignal().listening() as stop,
-            self._progress() as advance,
-        ):
+        with self._open_tracking(done) as self.tracking, StopSignal().listening() as stop:
+            progress = self._progress()
             if self.best is None:
                 self._evaluate_and_save()
-            for batch in training_batches(
-                self.splits.train,
-                self.sampler,
-                self.preprocessing,
-                seed=self.config.seed,
-                start_step=self.step,
-                stop_step=self.config.train.steps,
-                workers=self.config.data.workers,
-                pin_memory=self.device.type == "cuda",
-                part=self.ranks.part,
-            ):
-                loss = self.train_step(batch)
-                advance(self.step, loss.total.item())
-                last = self.step == self.config.train.steps
-                evaluated = last or self.step % self.config.train.eval_every == 0
-                if evaluated:
-                    self._evaluate_and_save()
-                if self.ranks.any(stop.received is not None):  # also while it evaluated
-                    if not evaluated:
-                        self._save()
-                    self._say(
-                        f"Stopped by {stop.received or 'a signal to another rank'} after step "
-                        f"{self.step}, saved. To go on: {go_on}"
-                    )
-                    return False
+            with progress as advance:
+                for batch in training_batches(
+                    self.splits.train,
+                    self.sampler,
+                    self.preprocessing,
+                    seed=self.config.seed,
+                    start_step=self.step,
+                    stop_step=self.config.train.steps,
+                    workers=self.config.data.workers,
+                    pin_memory=self.device.type == "cuda",
+                    part=self.ranks.part,
+                ):
+                    loss = self.train_step(batch)
+                    advance(self.step, loss.total.item())
+                    last = self.step == self.config.train.steps
+                    evaluated = last or self.step % self.config.train.eval_every == 0
+                    if evaluated:
+                        self._evaluate_and_save()
+                    if self.ranks.any(stop.received is not None):  # also while it evaluated
+                        if not evaluated:
+                            self._save()
+                        self._say(
+                            f"Stopped by {stop.received or 'a signal to another rank'} after step "
+                            f"{self.step}, saved. To go on: {go_on}"
+                        )
+                        return False
         return True
 
     def _open_tracking(self, done: int | None) -> AbstractContextManager[Tracking]:
@@ -519,10 +514,11 @@ class Trainer:
 
     def _with_batches_that_fit(self) -> Config:
         """The configuration, with fewer classes a batch where there are not as many."""
-        found = with_batches_that_fit(self.config, self.splits)
+        num_classes = len(np.unique(self.splits.train.labels))
+        found = self.config.with_batches_that_fit(num_classes)
         if found != self.config:
             self._say(
-                f"There are {len(np.unique(self.splits.train.labels))} classes to learn from: "
+                f"There are {num_classes} classes to learn from: "
                 f"batches have {found.train.batch_size} images in place of "
                 f"{self.config.train.batch_size}"
             )
@@ -721,15 +717,6 @@ class GateStatistics:
         count, total, squares = self._sums.tolist()
         mean = total / count
         return {"gate_mean": mean, "gate_std": math.sqrt(max(squares / count - mean**2, 0))}
-
-
-def with_batches_that_fit(config: Config, splits: Splits) -> Config:
-    """The configuration, with fewer classes a batch where there are not as many to learn from."""
-    train = config.train
-    fits = max(2, len(np.unique(splits.train.labels))) * train.images_per_class
-    if train.sampler != "classes" or train.batch_size <= fits:
-        return config
-    return config.with_overrides([f"train.batch_size={fits}"])
 
 
 def _sampler(config: Config, labels: np.ndarray) -> PairBatchSampler | ClassBalancedBatchSampler:

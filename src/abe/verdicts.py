@@ -127,6 +127,8 @@ class Judged:
             return f"[{self._points(found.low)}, {self._points(found.high)}]"
 
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        if not np.isfinite(self.difference.low):  # nothing follows from one seed's mean
+            return f"{self.mean}, {seeds}"
         drawn = self.bootstrapped
         beside = "" if drawn is None else f" (bootstrap {between(drawn)})"
         return f"{self.mean} {between(self.difference)}, {seeds}{beside}"
@@ -596,7 +598,8 @@ def _of_scales(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
 ) -> Iterator[tuple[str, Scale, dict[str, list[dict[str, Any]]]]]:
     """The runs of each arm at either scale, of runs on the same images by `_key`."""
-    config = Config.from_json(next(iter(by_key.values()))[0]["config"])
+    record = next(iter(by_key.values()))[0]
+    config = Config.from_json(record["config"])
     for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
         base = scale.base.model_copy(update={"data": config.data})
         yield (
@@ -605,7 +608,14 @@ def _of_scales(
             {
                 arm.name: [
                     run
-                    for run in by_key.get(_key(base.with_overrides(arm.settings)), ())
+                    for run in by_key.get(
+                        _key(
+                            base.with_overrides(arm.settings).with_batches_that_fit(
+                                record["data"]["train_classes"]
+                            )
+                        ),
+                        (),
+                    )
                     if experiment.tuned
                     or run["config"]["train"]["lr"] in experiment.rates(arm, scale)
                 ]

@@ -49,7 +49,10 @@ def get(name: str, root: str | Path, console: Console | None = None) -> Copy:
     if copy.complete:
         return copy
     if not benchmark.files:
-        raise InputError(f"{name} is not published as a file: there is nothing to fetch\n{copy}")
+        raise InputError(
+            f"{name} is not published as a file: put it into {root} by hand, as "
+            f"{benchmark.homepage} has it\n{copy}"
+        )
     absent = [file for file in benchmark.files if not (root / file.name).exists()]
     if nowhere := [file for file in absent if file.url is None]:
         raise InputError(

@@ -105,8 +105,7 @@ class AttentionEnsemble(nn.Module):
         """Keep the activations of S, of C or of one learner, and of no more, at a time.
 
         For the gradient they are computed a second time (Chen et al., "Training deep nets with
-        sublinear memory cost", 2016). Embeddings and gradients are the same but for rounding, and
-        a step takes about a third longer.
+        sublinear memory cost", 2016). Embeddings and gradients are the same but for rounding.
 
         Raises:
             InputError: the network has batch norm: G's statistics are over all learners at once,

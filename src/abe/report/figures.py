@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,8 @@ def line_chart(title: str, y_label: str, lines: Mapping[str, tuple[str, Points]]
     y = Axis.around(y_label, min(values), max(values))
     marks, summary = [], []
     for name, (style, points) in lines.items():
-        shown = points[:: -(-len(points) // DRAWN_POINTS)]
+        every = max(1, math.ceil((len(points) - 1) / (DRAWN_POINTS - 2)))
+        shown = [*points[:-1:every], points[-1]]
         at = [f"{x.percent(step)} {100 - y.percent(value):.2f}" for step, value in shown]
         dots = "".join(f"M{position}h0" for position in at) if len(at) <= DOTTED_POINTS else ""
         marks.append(Mark(name, style, "M" + "L".join(at), dots))
