@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# One thread for each pytest-xdist worker, and for the commands that its tests start.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, for the commands that tests start too: sums of several may round otherwise, and
+# pytest-xdist has a process for each processor.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tomllib
 import warnings
 from pathlib import Path
 from unittest import mock
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,6 +25,10 @@ from PIL import Image
 
 from abe import cli
 from abe.checkpoint import checkpoints
+from abe.config import Config
+from abe.data.decode import ReadingError
+from abe.errors import InputError
+from abe.results import flatten
 from abe.runtime import read_json_lines
 
 ABE = Path(sys.executable).with_name("abe")
@@ -168,8 +174,9 @@ def test_train_prints_the_result_and_says_where_it_is(
 
 @pytest.mark.slow
 def test_eval_report_and_results_follow_it(
-    trained: subprocess.CompletedProcess[str], folder: Path
+    trained: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path
 ) -> None:
+    folder = Path(shutil.copytree(folder, tmp_path / folder.name))  # other tests read it, too
     (first,) = read_json_lines(folder / "runs" / "runs.jsonl")
     scored = abe("eval", "runs/first", "--results", "again.jsonl", folder=folder)
     assert scored.returncode == 0, scored.stderr
@@ -326,6 +333,10 @@ def test_ctrl_c_outside_of_training_prints_no_traceback(
         (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device: give"),
         (OSError("no number"), "no number: give another path"),
         (torch.OutOfMemoryError("CUDA out of memory"), "there is too little memory: lower train."),
+        (
+            ReadingError(5, "Input/output error", "a.jpg"),
+            "a.jpg: Input/output error: see to the",
+        ),
         (MemoryError(), "there is too little memory: lower train."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "too little mem"),
     ],
@@ -382,13 +393,105 @@ def test_summary_prints_the_13_networks(capsys: pytest.CaptureFixture[str]) -> N
         assert f"{row['params']:,}" in table
 
 
-def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explained_settings_are_named_in_full(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the width: --set takes these names."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert abe_here("config", "--explain") == 0
+    shown = capsys.readouterr().out
+    for section, values in Config().to_json().items():
+        for name in values if isinstance(values, dict) else [None]:
+            assert f"{section}.{name} " in shown if name else f"{section} " in shown
+
+
+def test_a_folder_that_is_called_as_the_drawn_images_is_not_passed_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert abe_here("config", "synthetic") == 0
+    (tmp_path / "synthetic").mkdir()
+    assert abe_here("config", "./synthetic") == abe_here("config") == 0
+    assert abe_here("config", "synthetic") == 2
+    assert "a folder of this name are ./synthetic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "photos",
+        "--run x",
+        "--root x",
+        "--recipe demo",
+        "--weights none",
+        "--split-classes 0.5",
+        "--skip-broken",
+        "--allow-partial",
+    ],
+)
+def test_resume_takes_no_other_images_or_settings(
+    more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert abe_here("train", *more.split(), "--resume", "runs/x") == 2
+    assert "give nothing with it but --results" in capsys.readouterr().err
+
+
+OPTIONS = {
+    "--device=cpu": ("device", "cpu"),
+    "--split-classes=0.3": ("data.split_classes", 0.3),
+    "--skip-broken": ("data.skip_broken", True),
+    "--allow-partial": ("data.allow_partial", True),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        ("train photos", "abe.train.Trainer"),
+        ("demo photos", "abe.demo.run_demo"),
+        ("sweep photos", "abe.sweep.run_sweep"),
+        ("reproduce table2 --data photos", "abe.reproduce.Reproduction"),
+    ],
+)
+def test_options_reach_what_a_verb_calls(
+    words: str, target: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = MagicMock(side_effect=InputError("called"))
+    monkeypatch.setattr(target, called)
+    assert abe_here(*words.split(), option) == 2
+    first = called.call_args.args[0]
+    key, value = OPTIONS[option]
+    assert flatten(getattr(first, "base", first).to_json())[key] == value
+
+
+def test_eval_hands_on_all_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = MagicMock(side_effect=InputError("called"))
+    monkeypatch.setattr("abe.evaluate.evaluate_run", called)
+    words = ("DATA", "--root", "ROOT", "--allow-partial", "--device", "cpu")
+    assert abe_here("eval", str(tmp_path), *words) == 2
+    assert called.call_args.args == (tmp_path, "DATA", "ROOT", True, "cpu")
+
+
+def test_a_part_of_a_run_s_own_images_is_no_choice(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert abe_here("eval", str(tmp_path), "--allow-partial") == 2
+    assert "--allow-partial has no effect on the run's own images" in capsys.readouterr().err
+
+
+def test_config_prints_what_train_would_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = "photos --recipe paper --weights none --skip-broken --set train.lr=0.5"
     assert abe_here("config", *words.split()) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["recipe"], shown["data"]["source"]) == ("paper", "photos")
     assert (shown["model"]["weights"], shown["data"]["skip_broken"]) == (None, True)
     assert shown["train"]["lr"] == 0.5
+    monkeypatch.setenv("COLUMNS", "200")
     assert abe_here("config", *words.split(), "--explain") == 0
     (line,) = (row for row in capsys.readouterr().out.splitlines() if "train.lr " in row)
     assert line.split() == [

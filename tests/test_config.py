@@ -253,6 +253,19 @@ def test_anchored_paths_hold_in_any_folder(tmp_path: Path, monkeypatch: pytest.M
         assert named.anchored() == named
 
 
+def test_the_digest_is_of_the_content_of_a_start(tmp_path: Path) -> None:
+    """Of a file, and of a checkpoint's folder; not of where they are."""
+    digests = []
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / folder / "net").mkdir(parents=True)
+        starts = [tmp_path / folder / "net", tmp_path / folder / "net.pth"]
+        for file in (starts[0] / "model.safetensors", starts[1]):
+            file.write_bytes(content)
+        digests.append([Config().with_overrides([f"model.weights={s}"]).digest for s in starts])
+    assert digests[0] == digests[1]
+    assert all(x != y for x, y in zip(digests[0], digests[2], strict=True))
+
+
 # --- What there is to set ---
 
 

@@ -92,7 +92,11 @@ def test_get_goes_on_with_a_download_that_broke_off(products, server, tmp_path):
     with pytest.raises(InputError, match=r"bytes too early.*Run the same again to continue it"):
         get("sop", root)
     whole = (server.folder / file.name).read_bytes()
-    assert tree(root) == {f"{file.name}.part": whole[: server.cut], f".{file.name}.lock": b""}
+    assert tree(root) == {
+        f"{file.name}.part": whole[: server.cut],
+        f".{file.name}.lock": b"",
+        ".sop.lock": b"",
+    }
 
     rest = f"bytes={server.cut}-"
     server.cut = None
@@ -101,7 +105,7 @@ def test_get_goes_on_with_a_download_that_broke_off(products, server, tmp_path):
     assert tree(root) == {file.name: whole, **CONTENT}
 
 
-def test_of_several_processes_one_fetches(tmp_path, monkeypatch):
+def test_of_several_processes_one_fetches(tmp_path, monkeypatch, capsys):
     """The others wait for it, and take what it has fetched."""
     monkeypatch.setattr("abe.download.WAIT_SECONDS", 0.01)
     file = RemoteFile("weights.bin", "http://127.0.0.1:9/none", None, None)
@@ -111,6 +115,7 @@ def test_of_several_processes_one_fetches(tmp_path, monkeypatch):
             waiting = pool.submit(fetch, file, tmp_path, "fetch it by hand")
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.2)
+            assert capsys.readouterr().err.count("by another process: waiting for it") == 1
             path.write_bytes(b"fetched")
         assert waiting.result(timeout=60) == path
     assert [each.name for each in tmp_path.iterdir()] == [file.name]

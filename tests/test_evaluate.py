@@ -96,6 +96,29 @@ def test_scores_are_those_of_the_ensemble_and_of_each_learner(
     for m, learner in enumerate(scores["learners"]):
         assert learner["recall@1"] == recall_at_k(embeddings[:, m], classes, [1])[1]
         assert set(learner) == {"recall@1", "recall@4", "map@r", "r_precision", "nmi"}
+    whole = concat(embeddings).double()
+    nearest = torch.cdist(whole, whole).fill_diagonal_(torch.inf).argmin(1)
+    hits = unpack(scores["hits@1"]).tolist()
+    assert hits == (classes[nearest] == classes).tolist()
+    first = embeddings[:, 0].double()
+    alone = torch.cdist(first, first).fill_diagonal_(torch.inf).argmin(1)
+    assert hits != (classes[alone] == classes).tolist()
+
+
+def test_the_order_of_the_queries_is_told() -> None:
+    splits = open_splits(TINY.data, "val", Console(quiet=True))
+    turned = replace(splits, test=splits.test.select(np.arange(len(splits.test))[::-1]))
+    assert turned.test_order != splits.test_order
+    assert turned.digest == splits.digest
+    record = evaluate_test(raw_pixels, TINY, turned, Preprocessing(resize=48, crop=40)).record
+    assert record["scores"]["hits@1"]["order"] == turned.test_order
+
+
+def test_of_very_many_classes_there_is_no_nmi(
+    learners: tuple[torch.Tensor, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abe.evaluate.NMI_CLASSES", 5)
+    assert "nmi" not in score(*learners, ks=[1])["ensemble"]
 
 
 def test_embeddings_do_not_depend_on_the_batch_size() -> None:

@@ -36,6 +36,7 @@ from abe.data.datasets import image_folder, open_dataset
 from abe.data.prepare import open_prepared, prepare, verify
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
+from abe.intervals import pack, pack_classes
 from abe.model.weights import read_weights
 from abe.results import read_records, result_record
 from abe.run_folder import read_images, read_log
@@ -461,7 +462,12 @@ def test_records(tmp_path: Path) -> None:
     scores = {"recall@1": 0.5, "map@r": 0.1}
     valid = result_record(
         Config(),
-        scores={"ensemble": scores, "learners": [scores, scores], "similarity": {"self": 0.5}},
+        scores={
+            "ensemble": scores,
+            "learners": [scores, scores],
+            "similarity": {"self": 0.5},
+            "hits@1": pack(np.ones(4, bool)) | {"classes": pack_classes(np.arange(4))},
+        },
         best=None,
         data={"name": "birds", "skipped": 0, "test_images": 9, "test_classes": 3}
         | {"train_images": 9, "train_classes": 3, "select_images": 9, "select_classes": 3},

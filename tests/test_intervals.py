@@ -225,6 +225,7 @@ def test_level_shares_are_rarely_called_behind_and_distant_ones_mostly(
         ([0.44], [0.53], False),  # of 800 queries the error is 0.025: one seed takes 0.1
         ([0.40], [0.51], True),
         ([0.44, 0.45], [0.50, 0.51], True),  # two take 0.035
+        ([0.44, 0.45], [0.48, 0.49], True),
         ([0.48, 0.49], [0.50, 0.51], False),
         ([0.30, 0.50], [0.50, 0.50], False),  # as far, but seeds differ
         ([0.51], [0.40], False),

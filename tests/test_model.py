@@ -482,7 +482,8 @@ def test_concat_of_another_shape(shape: tuple[int, ...]) -> None:
 
 # Fig. 7: the branch points of the paper, and its attention depths
 @pytest.mark.parametrize(
-    "branch_point", ["pool2", "inception_3a", "inception_3b", "pool3", "inception_4a"]
+    "branch_point",
+    ["pool2", "inception_3a", "inception_3b", "pool3", "inception_4a", "inception_4b"],
 )
 def test_branch_points_of_fig_7b(branch_point: str) -> None:
     with torch.device("meta"):

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from abe.progress import progress
+from abe.progress import progress, step_progress
 
 
 def test_off_a_terminal_it_is_a_line_a_minute(monkeypatch):
@@ -29,3 +29,13 @@ def test_on_a_terminal_it_is_a_bar():
     assert "50%" in shown.getvalue()
     with progress(None, "reading", 4) as on_progress:
         on_progress(2)
+
+
+def test_the_rate_is_of_the_steps_since_it_began(monkeypatch):
+    """Not of those before an interruption; in images a second."""
+    now, shown = [0.0], io.StringIO()
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    with step_progress(Console(file=shown), done=10, steps=20, batch_size=8) as advance:
+        now[0] = 2.0
+        advance(15, 0.5)
+    assert shown.getvalue().splitlines() == ["step     15  loss 0.5000  20 images/s"]

@@ -215,7 +215,7 @@ def test_eq_9_changes_nothing_in_heads_on_one_device() -> None:
         config = Config.from_json(record["config"])
         if config.model.network != "m-heads" or config.model.num_learners != 4:
             continue
-        ran = [record["environment"].get(key) for key in ("device", "gpu", "precision")]
+        ran = [record["environment"].get(key) for key in ("device", "cpu", "gpu", "precision")]
         alone = config.with_overrides(["train.divergence_weight=0", "recipe=any"]).portable()
         key = json.dumps([alone, record["weights"]["sha256"], record.get("images_digest"), ran])
         pairs.setdefault(key, {})[config.train.divergence_weight > 0] = record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -693,7 +694,8 @@ def test_several_are_run_one_after_the_other_and_share_the_budget(
 
 
 @pytest.mark.slow
-def test_a_line_that_was_removed_is_run_alone(table2: Path) -> None:
+def test_a_line_that_was_removed_is_run_alone(table2: Path, tmp_path: Path) -> None:
+    table2 = Path(shutil.copytree(table2, tmp_path / "table2"))  # other tests use it, too
     before = lines(table2)
     gone = json.loads(before[-2])
     (table2 / "results/runs.jsonl").write_text("\n".join([*before[:-2], before[-1]]) + "\n")
@@ -925,6 +927,21 @@ def test_what_another_process_trains_is_left_to_it(
     assert text.count("is left to the process that trains it") == 12
 
 
+def test_what_another_process_has_scored_meanwhile_has_one_line(
+    planned: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {run.digest: run for run in planned.plan(EXPERIMENTS["table2"])}
+
+    def begin(config: Config, *_: Any, **__: Any) -> MagicMock:
+        found = of_run(runs[config.digest], planned, 0.5)
+        return MagicMock(fit=lambda _: append_record(planned.results, found) or found)
+
+    monkeypatch.setattr(Trainer, "begin", begin)
+    assert planned.train(EXPERIMENTS["table2"], None, "")
+    digests = [record["config_digest"] for record in read_records(planned.results)]
+    assert len(digests) == len(set(digests)) == len(runs)
+
+
 def test_images_are_read_once_for_all_runs_of_the_same(
     planned: Reproduction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1031,7 +1048,8 @@ def test_an_interrupted_table_goes_on(tmp_path: Path, stop: signal.Signals) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fig5", "fig6"])
-def test_pictures_are_drawn_of_the_runs(table2: Path, name: str) -> None:
+def test_pictures_are_drawn_of_the_runs(table2: Path, name: str, tmp_path: Path) -> None:
+    table2 = Path(shutil.copytree(table2, tmp_path / "table2"))  # other tests use it, too
     done = reproduce(table2, name)
     assert done.returncode == 0, done.stderr
     assert colours(table2 / f"reproduced/{name}-synthetic-vehicles-small.png") > 50
@@ -1133,6 +1151,10 @@ def test_a_picture_of_results_has_all_images_and_the_papers_once(
             "--rate has no effect on losses: leave it out, or give --rate=RATE with --row=ROW: its",
         ),
         (
+            ["losses", "fig7c", "--rate=0.1", "--row=divergence_weight 1"],
+            "--rate has no effect on divergence_weight 1: leave it out: its rates are its own",
+        ),
+        (
             ["fig7c", "--rate=0.1", "--row=divergence_weight 1"],
             "--rate has no effect on divergence_weight 1: leave it out: its rates are its own",
         ),
@@ -1181,7 +1203,7 @@ def test_two_processes_share_a_table(tmp_path: Path) -> None:
     ]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert [text.count("on the first batch") for text in said] in ([1, 3], [2, 2], [3, 1])
+    assert sum(text.count("on the first batch") for text in said) == 4
     done = reproduce(tmp_path, "table3")
     assert trained(done) == 0
     assert "runs are missing" not in done.stdout

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from abe.checkpoint import Best
 from abe.config import Config
 from abe.errors import InputError
+from abe.intervals import pack, pack_classes
 from abe.results import (
     Summary,
     append_record,
@@ -52,6 +54,7 @@ def scores(recall: float, learners: tuple[float, ...] = (0.2, 0.4), cosine: floa
         "ensemble": metrics | {"map@r": recall / 2, "r_precision": 0.1, "nmi": 0.2},
         "learners": [{"recall@1": value} for value in learners],
         "similarity": {"positive": 0.9, "negative": 0.1, "self": cosine},
+        "hits@1": pack(np.ones(4, bool)) | {"classes": pack_classes(np.arange(4))},
     }
 
 
@@ -154,6 +157,9 @@ def test_a_file_without_results(content: str, message: str, tmp_path: Path) -> N
         ("selected_step", None),
         ("selection_recall@1", "high"),
         ("weights", {"source": "x.pth"}),
+        ("scores.hits@1", {"queries": 9, "bits": "AA=="}),
+        ("scores.hits@1.classes", "x"),
+        ("scores.hits@1.classes", pack_classes(np.arange(3))),
     ],
 )
 def test_a_line_that_no_table_can_be_made_of(key: str, value: Any, tmp_path: Path) -> None:

@@ -33,14 +33,6 @@ def birds(tmp_path):
     return root
 
 
-def test_a_folder_that_is_called_as_the_drawn_images_is_not_passed_over(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(open_splits(SYNTHETIC, "paper").train)
-    (tmp_path / "synthetic").mkdir()
-    with pytest.raises(InputError, match=r"are \./synthetic"):
-        open_splits(SYNTHETIC, "paper")
-
-
 def config(source, **settings):
     return DataConfig(source=str(source), resize=16, crop=12, **settings)
 

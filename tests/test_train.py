@@ -25,14 +25,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from abe import train
-from abe.checkpoint import checkpoints
+from abe.checkpoint import checkpoints, load_selected
 from abe.config import Config, TrainConfig
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import DivergedError, InputError
 from abe.evaluate import evaluate_run
+from abe.losses import ensemble_loss
 from abe.model import AttentionEnsemble
 from abe.optimizer import lr_factor
-from abe.run_folder import recorded_precision
+from abe.run_folder import read_log, recorded_precision
 from abe.runtime import read_json_lines, write_json
 from abe.train import GateStatistics, Trainer
 
@@ -207,12 +208,15 @@ def test_the_score_of_an_unfinished_run_is_not_the_run_s(finished: Path, tmp_pat
     shutil.copytree(finished, run)
     (run / "result.json").unlink()  # the disk was full when it was whole
     assert evaluate_run(run)["method"] == "ABE-2^8"
-    first, *later = checkpoints(run)
-    for path in later:
-        shutil.rmtree(path)
-    step = int(first.name.removeprefix("step-"))
+    last = checkpoints(run)[-1]
+    weights = last / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="taking the checkpoint before it"):
+        cut = evaluate_run(run)["method"]
+    shutil.rmtree(last)
+    step = load_selected(run).step
     assert step < TINY.train.steps
-    assert evaluate_run(run)["method"] == f"ABE-2^8 at step {step}"
+    assert cut == evaluate_run(run)["method"] == f"ABE-2^8 at step {step}"
 
 
 def test_what_decides_no_result_may_change_when_a_run_goes_on(
@@ -221,24 +225,42 @@ def test_what_decides_no_result_may_change_when_a_run_goes_on(
     """As fewer images at a time, where the memory was too small for the first step."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    changed = TINY.with_overrides(["train.chunk_size=4", "data.workers=1", "tracking=none"])
+    changed = tiny("train.chunk_size=4", "data.workers=1", 'tracking=["tensorboard"]')
     trainer = Trainer.begin(changed, run, SILENT)
     assert trainer.step == TINY.train.steps
     found = trainer.config
-    assert (found.train.chunk_size, found.data.workers, found.tracking) == (4, 1, ())
+    assert (found.train.chunk_size, found.data.workers) == (4, 1)
+    assert found.tracking == ("tensorboard",)
 
 
 def test_a_log_that_is_gone_is_begun_anew(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    shutil.rmtree(checkpoints(run)[-1])
     (run / "metrics.jsonl").unlink()
-    assert Trainer.resume(run, SILENT).fit() is not None
+    trainer = Trainer.resume(run, SILENT)
+    assert trainer.step < TINY.train.steps
+    assert trainer.fit() is not None
+    assert [line["step"] for line in read_log(run / "metrics.jsonl", 100)][-1] == TINY.train.steps
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(tmp_path: Path) -> None:
+    """Whatever `auto` would choose now; and so it is scored."""
+    run = tmp_path / "run"
+    Trainer(tiny("precision=auto", "train.steps=0"), run, SILENT).fit()
+    told = json.loads((run / "environment.json").read_text())
+    other = {"fp32": "bf16", "bf16": "fp32"}[told["precision"]]
+    write_json(run / "environment.json", told | {"precision": other})
+    assert Trainer.resume(run, SILENT).precision == other
+    assert evaluate_run(run)["environment"]["precision"] == other
 
 
 def test_precision_is_that_of_the_device_it_was_recorded_on(tmp_path: Path) -> None:
     write_json(tmp_path / "environment.json", {"device": "cuda", "precision": "bf16"})
     assert recorded_precision(tmp_path, torch.device("cuda")) == "bf16"
     assert recorded_precision(tmp_path, torch.device("cpu")) == "auto"
+    write_json(tmp_path / "environment.json", {"precision": "fp32"})  # of an early version
+    assert recorded_precision(tmp_path, torch.device("cpu")) == "fp32"
 
 
 def test_another_device_can_be_named_for_a_run(finished: Path) -> None:
@@ -360,24 +382,6 @@ def test_proxies_are_trained_and_saved(tmp_path: Path) -> None:
     own = [saved[key] for key in sorted(saved) if key.startswith("metric_loss.")]
     assert len(own) == 2
     assert all(not torch.equal(a, b) for a, b in zip(before, own, strict=True))
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, finished: Path) -> None:
-    run = tmp_path / "killed"
-    settings = [f"--set={key}" for key in _flat(TINY.to_json())]
-    command = [str(ABE), "train", "--run", str(run), *settings]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(checkpoints(run)) < 2:
-            time.sleep(0.05)
-        process.kill()
-    assert not (run / "result.json").exists()
-    done = subprocess.run(
-        [ABE, "train", "--resume", run], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ABE-2^8" in done.stdout
-    for name, weight in final_weights(finished).items():
-        assert torch.equal(weight, final_weights(run)[name]), name
 
 
 def _flat(values: dict, prefix: str = "") -> list[str]:
@@ -561,6 +565,62 @@ def test_raw_embeddings_reach_the_loss_that_wants_them(normalize: bool, tmp_path
     pixels = trainer.preprocessing.normalize(batch.images)
     expected = trainer.model.train()(pixels, normalize=normalize)
     assert torch.allclose(given[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_settings_of_the_loss_reach_it(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "margin": 1.5,
+        "normalization": "sum",
+        "divergence_weight": 0.25,
+        "divergence_margin": 3.0,
+        "divergence_normalization": "per_pair",
+    }
+    given = [f"train.{key}={value}" for key, value in settings.items()]
+    trainer = Trainer(tiny(*given), tmp_path / "run", SILENT)
+    raw = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.as_tensor(trainer.splits.train.labels[:8])
+    found, unit = trainer._loss(raw, labels)
+    torch.testing.assert_close(unit, torch.nn.functional.normalize(raw, dim=-1))
+    torch.testing.assert_close(tuple(found), tuple(ensemble_loss(unit, labels, **settings)))
+    for key in settings:
+        changed = ensemble_loss(unit, labels, **{k: v for k, v in settings.items() if k != key})
+        assert changed.total != found.total, key
+
+
+def test_the_schedule_reaches_every_group_of_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, biases at twice the rate, and the metric loss's proxies at 3 times."""
+    config = tiny(
+        "train.schedule=cosine",
+        "train.warmup=2",
+        "train.steps=4",
+        "train.metric_loss=ProxyAnchorLoss()",
+        "train.loss_lr_factor=3",
+    )
+    trainer = Trainer(config, tmp_path / "run", SILENT)
+    groups, step, rates = trainer.optimizer.param_groups, trainer.optimizer.step, []
+
+    def watched(*given: Any) -> Any:
+        rates.append(sorted({group["lr"] for group in groups}))
+        return step(*given)
+
+    monkeypatch.setattr(trainer.optimizer, "step", watched)
+    trainer.fit()
+    factors = [lr_factor(number, config.train) for number in range(4)]
+    assert rates == [pytest.approx([0.01 * f * own for own in (1, 2, 3)]) for f in factors]
+
+
+def test_logged_cosines_and_updates_are_those_of_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(5, 3, 4, generator=generator, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(raw, dim=-1)
+    pairs = [(p, q) for p in range(3) for q in range(3) if p != q]
+    loop = [float(unit[i, p] @ unit[i, q]) for i in range(5) for p, q in pairs]
+    assert train._learner_cosine(unit) == pytest.approx(np.mean(loop))
+    assert train._learner_cosine(unit[:, :1]) is None
+    before, after = ({"a.weight": torch.tensor([[3.0, y]])} for y in (4.0, 5.0))
+    assert train._update_ratios(before, after) == {"a": pytest.approx(1 / 5)}
 
 
 def test_progress_shows_rate_and_time_left(tmp_path: Path) -> None:

@@ -134,14 +134,14 @@ class Checkpoint:
         Raises:
             InputError: it is of other parameters.
         """
-        of: dict[str, dict[str, Tensor]] = {"optimizer": {}, "metric_loss": {}}
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "metric_loss": {}}
         for key, value in self.training.items():
             kind, _, name = key.partition(".")
-            of.setdefault(kind, {})[name] = value
+            parts.setdefault(kind, {})[name] = value
         try:
-            load_optimizer(optimizer, of["optimizer"])
+            load_optimizer(optimizer, parts["optimizer"])
             if metric_loss is not None:
-                metric_loss.load_state_dict(of["metric_loss"])
+                metric_loss.load_state_dict(parts["metric_loss"])
         except (RuntimeError, LookupError, ValueError):
             raise self._misfit(_TRAINING) from None
 
@@ -214,11 +214,6 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; or the only one, aside when a kill came."""
     folder = run / "checkpoints"
     return sorted(folder.glob("step-*")) or list(folder.glob(_REPLACED))
-
-
-def is_complete(run: Path, config: Config) -> bool:
-    """Whether a run has the checkpoint of its last step."""
-    return checkpoints(run)[-1].name == _name(config.train.steps)
 
 
 def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:

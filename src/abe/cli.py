@@ -152,6 +152,11 @@ def _settings(overrides: list[str] | None, **settings: object) -> list[str]:
         "skip_broken": "data.skip_broken",
         "allow_partial": "data.allow_partial",
     }
+    if settings.get("data") == "synthetic" and Path("synthetic").exists():
+        raise InputError(
+            "synthetic is what abe draws: images of your own in a folder of this name are "
+            "./synthetic; for drawn ones leave it out"
+        )
     chosen = [
         f"{names[option]}={json.dumps(None if (option, value) == ('weights', 'none') else value)}"
         for option, value in settings.items()
@@ -342,8 +347,8 @@ def evaluate(
         raise InputError(f"{run}: there is no such run")
     if allow_partial and data is None and root is None:
         raise InputError(
-            "--allow-partial is of other images than the run's own: give DATA or --root, or leave "
-            "it out"
+            "--allow-partial has no effect on the run's own images: give DATA or --root with it, "
+            "or leave it out"
         )
     file = _results_file(results, run)
     record = evaluate_run(run, data, root, allow_partial, device)
@@ -712,7 +717,7 @@ def config(
 
     Each can be changed by --set, for example --set train.lr=1e-4 --set model.network=m-heads.
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from abe.config import explain
 
@@ -730,7 +735,8 @@ def config(
     if not explained:
         typer.echo(json.dumps(resolved.to_json(), indent=2))
         return
-    table = Table("setting", "is", "takes", "meaning", box=None, pad_edge=False)
+    others = (Column(name, overflow="fold") for name in ("is", "takes", "meaning"))
+    table = Table(Column("setting", no_wrap=True), *others, box=None, pad_edge=False)
     for setting in explain(resolved):
         table.add_row(*setting)
     out.print(table)

@@ -118,9 +118,9 @@ class DataConfig(_Section):
     workers: int = Field(0, ge=0)
     """Processes that read images; 0: the main one."""
     synthetic_classes: int = Field(200, ge=4)
-    """Of the images that abe draws."""
+    """How many classes abe draws."""
     synthetic_images: int = Field(20, ge=2)
-    """The same, of each class."""
+    """How many images it draws of each."""
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
@@ -144,7 +144,7 @@ class TrainConfig(_Section):
     """Mini-batches, losses (Eqs. 8-10), optimiser and schedule."""
 
     steps: int = Field(1000, ge=0)
-    """Mini-batches."""
+    """How many mini-batches to train with."""
     sampler: Literal["pairs", "classes"] = "pairs"
     """The paper's batches of pairs, half of them positive; or P classes of K images."""
     batch_size: int = Field(64, ge=4)
@@ -170,7 +170,7 @@ class TrainConfig(_Section):
     """Steps in which lambda_div grows from 0."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD has momentum."""
+    """sgd, with train.momentum, or adamw."""
     lr: float = Field(1e-3, gt=0)
     """The learning rate at its highest."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -190,14 +190,14 @@ class TrainConfig(_Section):
     decay_every: int = Field(10_000, ge=1)
     """Of the schedule "steps": how often the rate is multiplied by decay_factor."""
     decay_factor: float = Field(0.1, gt=0, le=1)
-    """Of the schedule "steps"."""
+    """What the rate is multiplied by, every decay_every steps."""
     clip_norm: float | None = Field(None, gt=0)
     """Longest gradient, of all parameters together; a longer one is scaled. none: any."""
 
     activation_checkpointing: bool = False
-    """Less memory: what the gradient needs is computed twice. The result is the same."""
+    """Less memory: what the gradient needs is computed twice. The same but for rounding."""
     chunk_size: int | None = Field(None, ge=1)
-    """Images embedded at a time, for less memory; none: all. The result is the same."""
+    """Images embedded at a time, for less memory; none: all. The same but for rounding."""
 
     eval_every: int = Field(1000, ge=1)
     """Steps between evaluations, each with a checkpoint."""
@@ -220,7 +220,7 @@ class TrainConfig(_Section):
         return self
 
 
-_INCIDENTAL = (  # decides no result
+_INCIDENTAL = (  # decides no result, but for rounding
     "device",
     "ranks_timeout",
     "tracking",
@@ -236,7 +236,7 @@ _INCIDENTAL = (  # decides no result
 class Config(_Section):
     """A whole run."""
 
-    recipe: str = "paper"
+    recipe: str = "none"
     """Where the settings came from, for the record."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of weights, batches, crops and held-out classes."""

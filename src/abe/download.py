@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -65,40 +66,43 @@ def fetch(file: RemoteFile, folder: Path, by_hand: str) -> Path:
                 raise InputError(f"{path} has {difference}: remove it, and it is fetched again")
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
+        with waiting_for(path):
             if path.exists():  # another process has fetched it meanwhile
                 return path
             _continue(file, partial)
-            difference = checksum_difference(partial, file)
-            if difference is None:
-                return partial.replace(path)
-            partial.unlink()
+            if difference := checksum_difference(partial, file):
+                partial.unlink()
+                raise InputError(
+                    f"{file.name}: what {file.url} sent has {difference}, so it was deleted. "
+                    f"Try again, or {by_hand}"
+                )
+            return partial.replace(path)
     except (OSError, HTTPException) as error:
         raise InputError(
             f"{file.name}: the download to {partial} failed ({error}). "
             f"Run the same again to continue it, or {by_hand}"
         ) from error
-    raise InputError(
-        f"{file.name}: what {file.url} sent has {difference}, so it was deleted. "
-        f"Try again, or {by_hand}"
-    )
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """While it lasts, no other process fetches this file; it begins when there is none."""
+def waiting_for(path: Path) -> Iterator[None]:
+    """While it lasts, no other process makes `path`; it begins when there is none.
+
+    What the others made meanwhile is there then, so look first.
+    """
     lock = path.with_name(f".{path.name}.lock")
     with ExitStack() as stack:
-        while True:
+        for told in itertools.count():
             try:
                 stack.enter_context(locked(lock, f"{path} is being fetched"))
                 break
-            except TakenError:
+            except TakenError as error:
+                if not told:
+                    Console(stderr=True).print(f"{error} by another process: waiting for it ...")
                 time.sleep(WAIT_SECONDS)
         yield
-    if path.exists():  # who waits for the lock no longer needs it
-        with suppress(OSError):
-            lock.unlink()
+    with suppress(OSError):  # who waits for it finds what was made
+        lock.unlink()
 
 
 def partial_path(path: Path) -> Path:

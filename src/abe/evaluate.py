@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from abe.checkpoint import Best, Checkpoint, is_complete, load_selected
+from abe.checkpoint import Best, Checkpoint, load_latest, load_selected
 from abe.config import Config
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
@@ -393,7 +393,7 @@ def evaluate_run(
         )
         facts = _facts_of_other_images(splits, own)
     ranks.require_same(images=splits.digest)
-    method = _method(path, checkpoint)
+    method = ranks.from_first(_method(path, checkpoint))
     record = evaluate_test(
         model,
         config,
@@ -414,7 +414,7 @@ def evaluate_run(
 def _method(path: Path, checkpoint: Checkpoint) -> str | None:
     """What to call a checkpoint that is not the one its whole run selected; None for that one."""
     if checkpoint.path != path:
-        whole = is_complete(path, checkpoint.config)
+        whole = load_latest(path).step == checkpoint.config.train.steps
     else:
         result = path.parent.parent / "result.json"
         whole = result.exists() and read_json(result).get("selected_step") == checkpoint.step

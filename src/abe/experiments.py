@@ -603,7 +603,7 @@ def check_changes(
     for given, option in ((rates, "--rate"), ("train.lr" in changed, "--set train.lr")):
         if given and option not in effective:
             instead = " or ".join(f"{each}=RATE" for each in effective)
-            if not instead and any(experiment.tuned for experiment in experiments.values()):
+            if not (instead or rows) and any(each.tuned for each in experiments.values()):
                 instead = "--rate=RATE with --row=ROW"
             raise InputError(
                 f"{option} has no effect on {named}: leave it out"

@@ -69,7 +69,7 @@ class Run:
     Attributes:
         arm: of the experiment.
         config: with the rate and the seed.
-        digest: of the config, which may be that of a large file of weights.
+        digest: of the config: kept, for it may be of a large file of weights too.
         gflop: what it computes, as multiplications and additions, evaluations included.
     """
 

@@ -370,7 +370,8 @@ def best_rate(by_rate: Mapping[float, Mapping[int, float]]) -> float:
     """Which rate is best on held-out classes, each two by the seeds that they have in common.
 
     That with the most seeds is beaten by another that some of them have tried, even if others have
-    not yet: what is said of the method then is of fewer seeds. Of equals the lowest is taken.
+    not yet: what is said of the method then is of fewer seeds. Of equals that with the most seeds
+    is taken, or the lowest.
 
     Args:
         by_rate: Recall@1 on held-out classes by rate and seed.

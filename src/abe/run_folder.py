@@ -35,7 +35,8 @@ def recorded_precision(run: Path, device: torch.device) -> Literal["auto", "fp32
     """What the run computes in, if environment.json says it of such a device; else "auto"."""
     file = run / ENVIRONMENT
     told = read_json(file) if file.exists() else {}
-    found = told.get("precision") if told.get("device") == device.type else None
+    of_such = told.get("device", device.type) == device.type  # early versions do not say it
+    found = told.get("precision") if of_such else None
     return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
 
 
@@ -88,9 +89,8 @@ def forget_later_steps(path: Path, step: int) -> None:
     Raises:
         InputError: as `read_log`.
     """
-    if path.exists():
-        lines = read_log(path, step)
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    lines = read_log(path, step) if path.exists() else []
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def require_same_images(path: Path, splits: Splits) -> None:

@@ -578,17 +578,18 @@ nothing else. A claim is the paper's, of its own images and setting, but for tho
 `protocol`, `width` and of the balanced loss in `fig7c`, which are ours; the figures are ours, of
 the setting in the same line: the difference of the two means in points of Recall@1, with its 95 %
 interval over classes and seeds in pairs, or of learners' recall, cosines and what test images pick
-over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said to be
-similar or not above, within 1 point (cosines: 0.02). Refuted: all of it is on the other side.
-Fewer than 3 seeds leave a claim open. Each verdict is by itself: of 40 claims of things that do
-not differ, one would be shown by chance, and another refuted. The bootstrap over classes and seeds
-stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in pairs
-have the same seed, and where only the network or the loss differs the same batches, but not always
-the same device and precision: the last column names these, docs/protocol.md tells how far they set
-runs apart. "The paper's" is the difference in its own table, in points, on its own images:
-CUB-200-2011 beside ours of CUB, else the last that the table has, mostly CARS-196; of which
-network, if of one with more learners than ours. What a claim that was not run needs is `small`'s
-command; `--scale full --root FOLDER`, without `--data`, is the paper's own setting."""
+over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said to be similar
+or not above, within 1 point (cosines: 0.02). Refuted: all of it is on the other side. Fewer than 3
+seeds leave a claim open. A run that diverges leaves no line: rates are chosen among those that did
+not. Each verdict is by itself: of 40 claims of things that do not differ, one would be shown by
+chance, and another refuted. The bootstrap over classes and seeds stands behind; of 3 seeds it is
+too narrow where seeds decide, and decides nothing. Runs in pairs have the same seed, and where only
+the network or the loss differs the same batches, but not always the same device and precision: the
+last column names these, docs/protocol.md tells how far they set runs apart. "The paper's" is the
+difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB, else the
+last that the table has, mostly CARS-196; of which network, if of one with more learners than ours.
+What a claim that was not run needs is `small`'s command; `--scale full --root FOLDER`, without
+`--data`, is the paper's own setting."""
 _CLAIMS_HEAD = (
     "| claim | the paper's | setting | difference | verdict | runs |\n|---|--:|---|---|---|---|"
 )

@@ -17,7 +17,7 @@ from typing import IO
 from rich.console import Console
 
 from abe.data.benchmarks import Benchmark, Copy, find_benchmark
-from abe.download import RemoteFile, checksum_difference, fetch, partial_path
+from abe.download import RemoteFile, checksum_difference, fetch, partial_path, waiting_for
 from abe.errors import InputError
 
 ARCHIVES = (".tgz", ".zip")
@@ -60,20 +60,31 @@ def get(name: str, root: str | Path, console: Console | None = None) -> Copy:
             f"{_by_hand(benchmark, nowhere, root)}"
         )
     _check_room(copy, absent)
-    for file in benchmark.files:
-        path = root / file.name
-        console.print(f"{'Fetching' if file in absent else 'Verifying'} {file.name} ...")
-        if file in absent:
-            fetch(file, root, _by_hand(benchmark, [file], root))
-        elif difference := checksum_difference(path, file):
+    root.mkdir(parents=True, exist_ok=True)
+    with waiting_for(root / name):
+        if (copy := benchmark.check(root)).complete:  # another process has got it meanwhile
+            return copy
+        for file in benchmark.files:
+            _get_file(file, benchmark, root, console)
+    return benchmark.check(root).require()
+
+
+def _get_file(file: RemoteFile, benchmark: Benchmark, root: Path, console: Console) -> None:
+    """Fetch or verify a file of a benchmark, and unpack it if it is an archive."""
+    path = root / file.name
+    if not path.exists():
+        console.print(f"Fetching {file.name} ...")
+        fetch(file, root, _by_hand(benchmark, [file], root))
+    else:
+        console.print(f"Verifying {file.name} ...")
+        if difference := checksum_difference(path, file):
             raise InputError(
                 f"{path} has {difference}: it is not what {benchmark.title}'s publisher ships, "
                 "remove it"
             )
-        if path.suffix in ARCHIVES:
-            console.print(f"Unpacking {file.name} ...")
-            unpack(path, root)
-    return benchmark.check(root).require()
+    if path.suffix in ARCHIVES:
+        console.print(f"Unpacking {file.name} ...")
+        unpack(path, root)
 
 
 def unpack(archive: Path, folder: Path) -> None:

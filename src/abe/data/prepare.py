@@ -112,8 +112,8 @@ class PreparedImages:
         if side != (prepared := self.squares.shape[1]):
             raise InputError(
                 f"{self.folder} was prepared with --size {prepared}, but data.resize is {side}: "
-                f"prepare the images again with --size {side}, or set data.resize={prepared}, and "
-                "data.crop with it: it is a part of that many pixels"
+                f"prepare the images again with --size {side}, or set data.resize={prepared} and "
+                "data.crop, which is a part of it"
             )
 
     def describe(self, index: int) -> str:

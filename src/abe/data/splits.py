@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,11 +200,6 @@ def open_source(config: DataConfig) -> Source:
         InputError: as `open_splits`.
     """
     if config.source == "synthetic" and config.root is None:
-        if Path("synthetic").exists():
-            raise InputError(
-                "synthetic is what abe draws: images of your own in a folder of this name are "
-                "./synthetic, and for drawn ones rename the folder or work elsewhere"
-            )
         size = config.synthetic_classes, config.synthetic_images
         return Source(SyntheticVehicles(*size, size=config.resize))
     if copy := _benchmark(config):
