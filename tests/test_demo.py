@@ -46,6 +46,8 @@ def test_demo_compares_four_methods_and_is_not_done_twice(
         "1-head^16",
         "ABE-4^16",
     ]
+    rates = [record["config"]["train"]["lr"] for record in records[2:]]
+    assert rates == [0.01, 0.003]  # each its own
     assert page == tmp_path / "report.html"
     text = page.read_text(encoding="utf-8")
     for record in records:

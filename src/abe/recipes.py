@@ -59,7 +59,7 @@ def photographs() -> Config:
 def demo() -> Config:
     """A few minutes on 2 CPU cores: smaller images, the built-in vehicles by default.
 
-    All but the sizes is that of `photographs`, and was chosen by its sweep.
+    All but the sizes is that of `photographs`.
     """
     return photographs().with_overrides(
         [
