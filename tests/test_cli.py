@@ -397,7 +397,7 @@ def test_explained_settings_are_named_in_full(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the width: --set takes these names."""
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(cli.out, "_width", 80)
     assert abe_here("config", "--explain") == 0
     shown = capsys.readouterr().out
     for section, values in Config().to_json().items():
@@ -491,7 +491,7 @@ def test_config_prints_what_train_would_use(
     assert (shown["recipe"], shown["data"]["source"]) == ("paper", "photos")
     assert (shown["model"]["weights"], shown["data"]["skip_broken"]) == (None, True)
     assert shown["train"]["lr"] == 0.5
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli.out, "_width", 200)
     assert abe_here("config", *words.split(), "--explain") == 0
     (line,) = (row for row in capsys.readouterr().out.splitlines() if "train.lr " in row)
     assert line.split() == [

@@ -95,7 +95,6 @@ def test_get_goes_on_with_a_download_that_broke_off(products, server, tmp_path):
     assert tree(root) == {
         f"{file.name}.part": whole[: server.cut],
         f".{file.name}.lock": b"",
-        ".sop.lock": b"",
     }
 
     rest = f"bytes={server.cut}-"

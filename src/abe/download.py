@@ -100,9 +100,12 @@ def waiting_for(path: Path) -> Iterator[None]:
                 if not told:
                     Console(stderr=True).print(f"{error} by another process: waiting for it ...")
                 time.sleep(WAIT_SECONDS)
-        yield
-    with suppress(OSError):  # who waits for it finds what was made
-        lock.unlink()
+        try:
+            yield
+        finally:
+            if not partial_path(path).exists():  # else who waits goes on with it, under this lock
+                with suppress(OSError):
+                    lock.unlink()
 
 
 def partial_path(path: Path) -> Path:
