@@ -584,10 +584,8 @@ def reproduce(
     )
     base = chosen.base.with_overrides(settings)
     chosen = replace(chosen, base=base)
-    if rates and rows:
+    if rates:
         experiments = {key: each.at_rates(tuple(rates), rows) for key, each in experiments.items()}
-    elif rates:
-        chosen = replace(chosen, rates=tuple(rates))
     whole = Reproduction(chosen, scale, results, folder, err, seeds, rows)
     if dry:
         out.print(dry_run(whole, experiments))

@@ -304,8 +304,7 @@ class Config(_Section):
         """What `portable` leaves out, and where its files are, as `with_overrides` takes it."""
         values = self.to_json()
         keys = (*_INCIDENTAL, "data.source", "model.weights")
-        found = {key: reduce(dict.__getitem__, key.split("."), values) for key in keys}
-        return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+        return [f"{key}={json.dumps(_value(values, key))}" for key in keys]
 
     def with_batches_that_fit(self, num_classes: int) -> Self:
         """The same, with fewer classes a batch where there are not as many to learn from."""
@@ -402,17 +401,21 @@ class Setting(NamedTuple):
 
 def explain(config: Config) -> list[Setting]:
     """All settings of a run, in their order."""
-    schema = Config.model_json_schema()
+    schema, values = Config.model_json_schema(), config.to_json()
     found = []
     for key in _keys(Config):
         *sections, name = key.split(".")
-        fields, values = schema["properties"], config.to_json()
+        fields = schema["properties"]
         for section in sections:
             fields = schema["$defs"][fields[section]["$ref"].rpartition("/")[2]]["properties"]
-            values = values[section]
-        field = fields[name]
-        found.append(Setting(key, _shown(values[name]), _takes(field), field["description"]))
+        shown, field = _shown(_value(values, key)), fields[name]
+        found.append(Setting(key, shown, _takes(field), field["description"]))
     return found
+
+
+def _value(values: dict[str, Any], key: str) -> Any:
+    """What nested settings have under a full name."""
+    return reduce(dict.__getitem__, key.split("."), values)
 
 
 def _shown(value: Any) -> str:

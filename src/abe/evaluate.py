@@ -373,9 +373,9 @@ def evaluate_run(
     config = checkpoint.config.on_device(device)
     ranks = Ranks(config.device, config.ranks_timeout)
     checkpoint = checkpoint_of_first(ranks, checkpoint)
+    run = path if checkpoint.path != path else path.parent.parent
     precision: Precision | None = None
     if config.precision == "auto":
-        run = path if checkpoint.path != path else path.parent.parent
         found = recorded_precision(run, ranks.device)
         precision = None if found == "auto" else found
     model = checkpoint.build_model().to(ranks.device)
@@ -407,7 +407,7 @@ def evaluate_run(
         ranks=ranks,
     ).record
     if facts is None and method is None:
-        add_test_pick(record, path if checkpoint.path != path else path.parent.parent, ranks)
+        add_test_pick(record, run, ranks)
     return record
 
 

@@ -118,12 +118,19 @@ class Experiment:
             return "--rate" if by_name or not arm.rates else None
         return None if arm.rates else "--set train.lr"
 
-    def at_rates(self, rates: tuple[float, ...], rows: Collection[str]) -> Experiment:
-        """The same, but that of the rows named those that choose do so from these rates."""
+    def at_rates(self, rates: tuple[float, ...], rows: Collection[str] | None) -> Experiment:
+        """The same, but that rows that choose do so from these rates.
+
+        Args:
+            rates: to choose from.
+            rows: names of those meant; None for all that have no rates of their own.
+        """
 
         def arms(most: int) -> tuple[Arm, ...]:
             return tuple(
-                replace(arm, rates=rates) if self.tuned and arm.name in rows else arm
+                replace(arm, rates=rates)
+                if self.tuned and (arm.name in rows if rows else not arm.rates)
+                else arm
                 for arm in self.arms(most)
             )
 

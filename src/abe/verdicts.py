@@ -601,6 +601,11 @@ def _of_scales(
     """The runs of each arm at either scale, of runs on the same images by `_key`."""
     record = next(iter(by_key.values()))[0]
     config = Config.from_json(record["config"])
+
+    def runs_of(arm: Arm, base: Config) -> Sequence[dict[str, Any]]:
+        own = base.with_overrides(arm.settings)
+        return by_key.get(_key(own.with_batches_that_fit(record["data"]["train_classes"])), ())
+
     for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
         base = scale.base.model_copy(update={"data": config.data})
         yield (
@@ -609,14 +614,7 @@ def _of_scales(
             {
                 arm.name: [
                     run
-                    for run in by_key.get(
-                        _key(
-                            base.with_overrides(arm.settings).with_batches_that_fit(
-                                record["data"]["train_classes"]
-                            )
-                        ),
-                        (),
-                    )
+                    for run in runs_of(arm, base)
                     if experiment.tuned
                     or run["config"]["train"]["lr"] in experiment.rates(arm, scale)
                 ]
