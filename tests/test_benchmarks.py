@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.evaluate import evaluate_run, evaluate_test, raw_pixels
 from abe.intervals import unpack_classes
+from abe.paper import table_rows
 from abe.report.html import write_report
 from abe.results import append_record, markdown_table, scores_table, summarize
 from abe.runtime import read_json_lines
@@ -992,6 +994,14 @@ def config_of(benchmark: Benchmark, root: Path, *settings: str) -> Config:
     )
     named = [f"data.source={benchmark.name}", f"data.root={json.dumps(str(root))}"]
     return Config().with_overrides([*quick, *named, *settings])
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [("table1", "cars196"), ("table6", "sop"), ("table7", "inshop")]
+)
+def test_recall_is_told_at_the_ks_of_the_papers_table(table, name):
+    theirs = {column for row in table_rows(table) for column in row if re.match(r"R@\d", column)}
+    assert theirs == {f"R@{k}" for k in find_benchmark(name).ks}
 
 
 @pytest.mark.parametrize("cache", [False, True])

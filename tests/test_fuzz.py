@@ -472,7 +472,7 @@ def test_records(tmp_path: Path) -> None:
         data={"name": "birds", "skipped": 0, "test_images": 9, "test_classes": 3}
         | {"train_images": 9, "train_classes": 3, "select_images": 9, "select_classes": 3},
         weights={"source": "start.pth", "sha256": "0" * 64},
-        environment={},
+        environment={"commit": "c0ffee", "precision": "fp32"},
     )
     path = tmp_path / "runs.jsonl"
     path.write_text(json.dumps(valid) + "\n")

@@ -106,6 +106,7 @@ CLAIMS = {  # of README's table
     "ABE-4 above 4-heads": "recall@1 of ABE-4^512 is above that of 4-heads^512",
     "ABE-8 above 8-heads": "recall@1 of ABE-8^512 is above that of 8-heads^512",
     "ABE-4 above 1-head": "recall@1 of ABE-4^512 is above that of 1-head^512",
+    "4-heads above 1-head": "recall@1 of 4-heads^512 is above that of 1-head^512",
     "ABE-8 above ABE-4": "recall@1 of ABE-8^512 is above that of ABE-4^512",
     "learners of ABE-8 above those of ABE-4, both of 64 dimensions": (
         "learners' recall@1 of ABE-8^512 is above that of ABE-4^256"
@@ -114,11 +115,17 @@ CLAIMS = {  # of README's table
     "ABE-4 above ABE-4 without Eq. 9": (
         "recall@1 of ABE-4^512 is above that of ABE-4^512 without L_div"
     ),
+    "learners of ABE-4 above those of ABE-4 without Eq. 9": (
+        "learners' recall@1 of ABE-4^512 is above that of ABE-4^512 without L_div"
+    ),
     "4-heads with Eq. 9 not above 4-heads": (
         "recall@1 of 4-heads^512 with L_div is not above that of 4-heads^512"
     ),
     "ABE-4 above 4-heads with attention": "recall@1 of ABE-4^512 is above that of 4-heads+att^512",
     "ABE-4 above 4-tails": "recall@1 of ABE-4^512 is above that of 4-tails^512",
+    "4-heads with attention above 4-heads": (
+        "recall@1 of 4-heads+att^512 is above that of 4-heads^512"
+    ),
     "ABE-4: Eq. 10 balanced above as printed": (
         "recall@1 of ABE-4^512, Eq. 10 balanced is above that of ABE-4^512, Eq. 10 as printed"
     ),

@@ -225,7 +225,7 @@ def better_and_worse(seeds: int) -> dict[str, list[Any]]:
 
 
 def test_three_seeds_decide_a_claim() -> None:
-    arms, (claim, alike, *_) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    arms, (claim, _, alike, *_) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
     records = better_and_worse(3)
     rows = rows_of(arms, records)
     shown = judge(claim, rows)
@@ -391,13 +391,23 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
         assert all(f"`{r['config_digest']}`" in line for r in runs)
     assert "not run here: `abe reproduce table6 --scale small --data sop --root FOLDER`" in page
     judged = [line for line in page.partition("## All results")[0].splitlines() if "**" in line]
-    assert len(judged) == 5  # those of table 2, and one of them beside the paper's ABE-4
-    (again,) = [line for line in page.splitlines() if line.endswith("| as under table2 | |")]
-    assert again.startswith(f"| {EXPERIMENTS['table2'].claims(4)[1]} |")
+    assert len(judged) == 5  # those of table 2, of which table 1 has one
+    (again,) = [line for line in page.splitlines() if line.endswith("| as under table1 | | |")]
+    assert again.startswith(f"| {EXPERIMENTS['table2'].claims(4)[3]} | +10.2 (ABE-8^512) |")
+    (again,) = [line for line in page.splitlines() if line.endswith("| as under table2 | | |")]
+    assert again.startswith(f"| {EXPERIMENTS['table2'].claims(4)[2]} |")
+    (larger,) = [
+        x
+        for x in page.splitlines()
+        if x.startswith("| recall@1 of ABE-8^512 is above that of ABE-8^512 without")
+    ]
+    assert (
+        "not run here: `abe reproduce table2 --scale full --data cars196 --root FOLDER`" in larger
+    )
 
 
 def test_an_ensemble_is_set_beside_its_own_learners() -> None:
-    arms, (_, _, gains, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
+    arms, (*_, gains, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
     judged = judge(gains, rows_of(arms, better_and_worse(3)))
     assert (judged.shown, judged.verdict) == ("+10.0 [+10.0, +10.0], 3 seeds", "shown")
     assert str(gains) == "recall@1 of ABE-4^512 is above learners' recall@1 of ABE-4^512"
@@ -411,7 +421,7 @@ def test_the_page_compares_no_runs_of_different_starts() -> None:
     better, worse = better_and_worse(3).values()
     other = {"source": "start", "sha256": "f" * 16}
     page = results_page([*better, *(run | {"weights": other} for run in worse)])
-    (line,) = [x for x in page.splitlines() if f"{EXPERIMENTS['table2'].claims(4)[0]} |" in x]
+    (line,) = [x for x in page.splitlines() if f"| {EXPERIMENTS['table2'].claims(4)[0]} |" in x]
     assert "not run here" in line
 
 
@@ -432,7 +442,7 @@ def test_each_start_and_images_have_a_column_and_stamps_are_told() -> None:
     (line,) = [
         text
         for text in page.partition("## table1")[0].splitlines()
-        if f"{EXPERIMENTS['table2'].claims(4)[0]} |" in text
+        if f"| {EXPERIMENTS['table2'].claims(4)[0]} |" in text
     ]
     assert line.count("shown +") == 4
 
@@ -448,7 +458,7 @@ def test_tables_of_a_benchmark_are_of_no_other_images() -> None:
     of_products = [
         run | {"data": run["data"] | {"name": find_benchmark("sop").title}} for run in runs
     ]
-    for records, told in ((runs, "not run here"), (of_products, "| **shown** |")):
+    for records, told in ((runs, "not run here"), (of_products, "| as under table1 |")):
         section = results_page(records).partition("## table6")[2].partition("## table7")[0]
         (line,) = [line for line in section.splitlines() if line.startswith(f"| {claim} | +0.5 |")]
         assert told in line
@@ -469,7 +479,7 @@ def test_a_benchmark_stands_beside_the_papers_figures_of_it_wherever_a_claim_is_
     )
     for name, told in (
         ("table1", {f"+5.7 | {title}", f"+5.7 | {cars}"}),
-        ("table4", {f"+2.2 | {title}", "+5.7 | | | as under table1"}),
+        ("table4", {"+2.2 | | | as under table1", "+5.7 | | | as under table1"}),
     ):
         section = page.partition(f"## {name}:")[2].partition("\n## ")[0]
         lines = [x for x in section.splitlines() if x.startswith(f"| {claim} |")]
@@ -489,7 +499,7 @@ def test_a_page_has_runs_of_both_scales() -> None:
     section = page.partition("## fig5:")[2].partition("\n## ")[0]
     for network in ("ABE-8^512", "ABE-4^512"):
         (line,) = [x for x in section.splitlines() if f"above that of {network} |" in x]
-        assert line.endswith("| as under table2 | |")
+        assert line.endswith("| as under table2 | | |")
     assert page.count("`full`, protocol `val`: 10000 steps") > 1
 
 
@@ -560,7 +570,7 @@ def test_later_seeds_stand_by_themselves_too() -> None:
 
 def test_networks_that_saw_other_batches_are_said_to_have() -> None:
     arms = {arm.name: arm for arm in EXPERIMENTS["table8"].arms(4)}
-    claim = EXPERIMENTS["table8"].claims(4)[-1]
+    (claim,) = [c for c in EXPERIMENTS["table8"].claims(4) if str(c).endswith("4-tails^512")]
     runs = [record(arms[n], s, [True] * 9) for n in (claim.less, claim.more) for s in range(3)]
     page = results_page(runs)
     start = "120 steps from start 0123456789ab, of"
@@ -813,6 +823,69 @@ def test_the_best_rate_is_not_given_up_because_of_one_that_is(planned: Reproduct
     assert left_of(planned, arm) == [(0.01, 7), (0.03, 7)]
 
 
+def test_a_removed_line_of_a_rate_that_others_gave_up_is_missing_all_the_same(
+    planned: Reproduction,
+) -> None:
+    arm = EXPERIMENTS["table2"].arms(2)[0].name
+    has_found(planned, arm, {(0.01, 5): 0.9, (0.01, 6): 0.9, (0.01, 7): 0.9, (0.3, 6): 0.0})
+    assert left_of(planned, arm) == [(0.3, 5)]
+
+
+def test_a_table_is_of_all_seeds_and_rates_that_there_are(planned: Reproduction) -> None:
+    first, second = (arm.name for arm in EXPERIMENTS["table2"].arms(2))
+    everything = {(rate, seed): 0.4 for rate in (0.01, 0.3) for seed in (5, 6, 7)}
+    for arm in (first, second):
+        has_found(planned, arm, everything | {(0.01, seed): 0.5 for seed in (5, 6, 7)})
+    planned.seeds = 1
+    planned.scale = replace(planned.scale, rates=(0.3,))
+    assert left_of(planned, first) == []
+    table, values, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    row, _ = csv.DictReader(values.read_text().splitlines())
+    assert (row["seeds"], row["rate"], row["rates tried"]) == ("3", "0.01", "2")
+    assert f"{first}: its rate is the lowest of 0.01, 0.3" in table.read_text()
+    other = planned.scale.base.with_overrides(["model.embedding_dim=16"])
+    planned.scale = replace(planned.scale, base=other.with_overrides(["train.margin=0.9"]))
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert f"| {first} |  |" in table.read_text()  # of another margin
+
+
+def test_a_run_that_was_begun_needs_the_rest_of_its_time(planned: Reproduction) -> None:
+    run = planned.plan(EXPERIMENTS["table2"])[0]
+    assert planned.remaining(run) == run.gflop
+    saved = planned.folder / "runs" / f"{run.digest}-{planned.splits.digest}" / "checkpoints"
+    for step in (10, run.config.train.steps // 4):
+        (saved / f"step-{step:08d}").mkdir(parents=True)
+    assert planned.remaining(run) == pytest.approx(0.75 * run.gflop)
+
+
+def test_stamps_stand_over_a_table(planned: Reproduction) -> None:
+    planned.splits = replace(planned.splits, stamps=("partial, 1 of 2",))
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert "synthetic vehicles (partial, 1 of 2), in percent" in table.read_text()
+
+
+def test_reservations_are_told_of_each_claim() -> None:
+    better, worse = better_and_worse(3).values()
+    worse = [run | {"selected_step": 0} for run in worse[:2]] + worse[2:]
+    arms, claim = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)[0]
+    lines = results_page([*better, *worse]).splitlines()
+    (told,) = [x for x in lines if x.startswith(f"| {claim} |") and "**" in x]
+    assert (
+        f"| {arms[0].name}: not tried at 0.003; {arms[1].name}: the start itself was picked in 2 "
+        "of 3, not tried at 0.003 |"
+    ) in told
+
+
+def test_figures_near_0_have_a_sign() -> None:
+    arms, claim = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)[0]
+    hits = [True, False] * 5_000
+    records = {
+        arm.name: [record(arm, seed, [more, *hits]) for seed in range(3)]
+        for arm, more in zip(arms, (True, False), strict=True)
+    }
+    assert judge(claim, rows_of(arms, records)).mean == "+0.01"
+
+
 def test_some_rows_are_run_and_all_are_shown(planned: Reproduction) -> None:
     chosen, other = (arm.name for arm in EXPERIMENTS["table2"].arms(2))
     has_found(planned, other, {(0.01, 5): 0.5})
@@ -843,11 +916,12 @@ def test_a_table_tells_its_protocol_and_rates_at_the_edge(planned: Reproduction)
     table, values, *_ = planned.write("table2", EXPERIMENTS["table2"])
     text = table.read_text()
     assert "Protocol `val`: checkpoints and rates are chosen by held-out training classes." in text
-    assert f"another may be better: {second}: 0.3 of 0.01, 0.03, 0.3." in text
+    told = f"May be better than it is here: {second}: its rate is the highest of 0.01, 0.03, 0.3."
+    assert told in text
     assert "protocol paper -> val" in text
     has_found(planned, second, {(0.01, 6): 0.4, (0.03, 6): 0.5, (0.3, 6): None})
     table, *_ = planned.write("table2", EXPERIMENTS["table2"])
-    assert "At the edge" not in table.read_text()  # which is 0.3, and diverged
+    assert "May be better" not in table.read_text()  # the highest is 0.3, and diverged
     table, *_ = planned.write("protocol", EXPERIMENTS["protocol"])
     assert "Protocol `both`: checkpoints and rates are chosen by held-out" in table.read_text()
     (row, _) = csv.DictReader(values.read_text().splitlines())

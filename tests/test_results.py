@@ -68,7 +68,7 @@ def record(
         data=DATA,
         images_digest="0123456789ab",
         weights=None,
-        environment={},
+        environment={"commit": "c0ffee", "precision": "fp32"},
         method=method,
     )
 
@@ -90,8 +90,9 @@ def methods(table: str) -> list[str]:
         (["model.num_learners=8"], "ABE-8^512"),
         (["model.num_learners=1", "model.embedding_dim=64"], "ABE-1^64"),
         (["model.network=m-heads", "model.num_learners=1"], "1-head^512"),
-        (["model.network=m-heads", "model.num_learners=4"], "4-heads^512"),
-        (["model.network=m-heads+att"], "8-heads+att^512"),
+        (["model.network=m-heads", "model.num_learners=4"], "4-heads^512 with divergence"),
+        (["model.network=m-heads+att"], "8-heads+att^512 with divergence"),
+        (["model.network=m-heads+att", "train.divergence_weight=0"], "8-heads+att^512"),
         (["model.network=m-tails"], "8-tails^512"),
         (["train.divergence_weight=0"], "ABE-8^512 without divergence"),
         (["train.divergence_weight=0", "model.num_learners=1"], "ABE-1^512"),
@@ -156,6 +157,11 @@ def test_a_file_without_results(content: str, message: str, tmp_path: Path) -> N
         ("seed", "first"),
         ("selected_step", None),
         ("selection_recall@1", "high"),
+        ("selection_recall@1", float("nan")),
+        ("images_digest", None),
+        ("date", None),
+        ("environment.commit", None),
+        ("environment.precision", None),
         ("weights", {"source": "x.pth"}),
         ("scores.hits@1", {"queries": 9, "bits": "AA=="}),
         ("scores.hits@1.classes", "x"),
@@ -448,7 +454,7 @@ def test_rows_of_one_method_and_loss_are_told_apart() -> None:
         "ABE-2^512 (divergence_weight 1, clip_norm None)",
         "ABE-2^512 (divergence_weight 7, clip_norm 2)",
         "ABE-2^512",
-        "2-heads^512",
+        "2-heads^512 with divergence",
     ]
 
 

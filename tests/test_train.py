@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from abe import train
 from abe.checkpoint import checkpoints, load_selected
 from abe.config import Config, TrainConfig
+from abe.data.loader import Batch
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import DivergedError, InputError
 from abe.evaluate import evaluate_run
@@ -297,6 +298,47 @@ def test_both_protocols_on_one_run(finished: Path, tmp_path: Path, one_thread: N
     assert ("test_picked" in evaluate_run(first)["scores"]) == (record["selected_step"] == 6)
 
 
+def first_batch(monkeypatch: pytest.MonkeyPatch, run: Path, *overrides: str) -> Batch:
+    """What a run's first step is given."""
+    seen: list[Batch] = []
+    step = Trainer.train_step
+
+    def recorded(trainer: Trainer, batch: Batch) -> object:
+        seen.append(batch)
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", recorded)
+        Trainer(tiny("train.steps=1", *overrides), run, SILENT).fit()
+    return seen[0]
+
+
+@pytest.mark.parametrize("sampler", ["classes", "pairs"])
+def test_the_seed_decides_which_images_a_batch_has(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again, other = (
+        first_batch(monkeypatch, tmp_path / name, f"seed={seed}", f"train.sampler={sampler}")
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.indices, other.indices)
+
+
+def test_the_seed_decides_how_images_are_cropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = train._sampler
+    monkeypatch.setattr(
+        train, "_sampler", lambda config, labels: sampler(config.with_overrides(["seed=0"]), labels)
+    )
+    first, other = (
+        first_batch(monkeypatch, tmp_path / str(seed), f"seed={seed}") for seed in (1, 2)
+    )
+    assert torch.equal(first.indices, other.indices)
+    assert not torch.equal(first.images, other.images)
+
+
 def test_paper_protocol_selects_on_the_test_images(tmp_path: Path) -> None:
     config = tiny("protocol=paper", "train.steps=1", "train.images_per_class=2")
     trainer = Trainer(config, tmp_path / "run", SILENT)
@@ -314,8 +356,9 @@ def test_paper_protocol_selects_on_the_test_images(tmp_path: Path) -> None:
         (),
         ("train.optimizer=adamw", "train.lr=0.001"),
         ("train.metric_loss=ProxyAnchorLoss()", "data.workers=1", "train.sampler=pairs"),
+        ("train.metric_loss=MarginLoss + DistanceWeightedMiner",),
     ],
-    ids=["sgd", "adamw", "proxies"],
+    ids=["sgd", "adamw", "proxies", "a miner that draws"],
 )
 def test_a_stopped_run_goes_on_exactly(
     overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path

@@ -216,6 +216,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) or list(folder.glob(_REPLACED))
 
 
+def steps_saved(run: Path) -> int:
+    """How many steps of a run its newest checkpoint has; 0 if there is none."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
 def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:
     """Delete all checkpoints but the `latest` newest ones and the best one."""
     best = None if keep is None else _name(keep.step)

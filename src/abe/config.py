@@ -159,13 +159,13 @@ class TrainConfig(_Section):
     normalization: Literal["per_image", "sum", "balanced"] = "per_image"
     """What divides Eq. 10: the images, as printed; nothing; for each kind of pair, its number."""
     normalize_embeddings: bool = True
-    """False hands raw embeddings to the metric loss."""
+    """False hands raw embeddings to `metric_loss`, but for Eq. 10."""
     divergence_weight: float = Field(1.0, ge=0)
     """lambda_div of Eq. 8; 0 switches Eq. 9 off."""
     divergence_margin: float = Field(1.0, gt=0)
     """Of Eq. 9, in squared distance."""
     divergence_normalization: Literal["per_image", "sum", "per_pair"] = "per_image"
-    """What divides Eq. 9: the images, as in Eq. 10; nothing; all pairs of learners."""
+    """What divides Eq. 9: the images, as in Eq. 10; nothing, as printed; all pairs of learners."""
     divergence_warmup: int = Field(0, ge=0)
     """Steps in which lambda_div grows from 0."""
 
@@ -239,7 +239,7 @@ class Config(_Section):
     recipe: str = "none"
     """Where the settings came from, for the record."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of weights, batches, crops and held-out classes."""
+    """Of weights, batches and crops."""
     protocol: Protocol = "val"
     """What picks the checkpoint: held-out classes; the test images (paper); val, with both told."""
     device: str = "auto"

@@ -206,6 +206,7 @@ def _curves_claims(most: int) -> tuple[Claim, ...]:
         Claim("ABE-1^512", "1-head^512", "similar to"),
         *(Claim(f"ABE-{m}^512", f"{m}-heads^512") for m in (2, 4, 8)),
         *(Claim(f"ABE-{m}^512", "1-head^512") for m in (2, 4, 8)),
+        *(Claim(f"{m}-heads^512", "1-head^512") for m in (2, 4, 8)),
         *(Claim(f"ABE-{2 * m}^512", f"ABE-{m}^512") for m in (1, 2, 4)),
     )
 
@@ -221,6 +222,10 @@ def _against_heads_claims(most: int) -> tuple[Claim, ...]:
         *(
             Claim(f"ABE-{2 * m}^512", f"ABE-{m}^512", quantity="learners' recall@1")
             for m in (1, 2, 4)
+        ),
+        *(
+            Claim(f"{2 * m}-heads^512", f"{m}-heads^512", "not above", "learners' recall@1")
+            for m in (2, 4)
         ),
         *(
             Claim(more, less, quantity="learners' recall@1")
@@ -246,6 +251,7 @@ def _divergence_claims(most: int) -> tuple[Claim, ...]:
     with_it, without = (arm.name for arm in _divergence(most))
     return (
         Claim(with_it, without),
+        Claim(with_it, without, quantity="learners' recall@1"),
         Claim(without, with_it, quantity="learners' cosine"),
         Claim(with_it, with_it, against="learners' recall@1"),
         Claim(without, without, "similar to", against="learners' recall@1"),
@@ -268,7 +274,7 @@ def _cosines(most: int) -> tuple[Arm, ...]:
 
 
 def _cosines_claims(most: int) -> tuple[Claim, ...]:
-    alike = _divergence_claims(most)[1]
+    alike = next(c for c in _divergence_claims(most) if c.quantity == "learners' cosine")
     plain, with_it = (arm.name for arm in _divergence_in_heads(most))
     return (
         alike,
@@ -299,7 +305,11 @@ def _architectures(most: int) -> tuple[Arm, ...]:
 
 def _architectures_claims(most: int) -> tuple[Claim, ...]:
     *others, ensemble = (arm.name for arm in _architectures(most))
-    return tuple(Claim(ensemble, other) for other in others)
+    plain, *richer = others
+    return (
+        *(Claim(ensemble, other) for other in others),
+        *(Claim(other, plain) for other in richer),
+    )
 
 
 def _varied(

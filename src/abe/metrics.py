@@ -4,9 +4,10 @@ Nearest means smallest Euclidean distance between rows as they are: nothing is n
 rows of unit length, such as `concat` gives, that is the order of the inner product as well.
 
 Queries are compared with a gallery, or among themselves, where each leaves itself out by index.
-Queries that no other image matches cannot be answered: they are left out of the mean, and a
-warning counts them. Distances are those that `abe.distances` defines, and equal ones are ordered by
-gallery index: the order is exact, whatever the products are computed in.
+Queries that no other image matches cannot be answered: they are left out of the mean, which the
+paper takes over the whole test set (section 5), and a warning counts them; its data have none.
+Distances are those that `abe.distances` defines, and equal ones are ordered by gallery index: the
+order is exact, whatever the products are computed in.
 
 Several ranks can hold the images together. Each gives its own embeddings and the labels of all, and
 receives what one process computes, to the bit.

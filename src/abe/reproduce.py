@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from abe.checkpoint import checkpoints
+from abe.checkpoint import checkpoints, steps_saved
 from abe.config import Config
 from abe.data.splits import Splits, open_splits
 from abe.errors import DivergedError, TakenError
@@ -31,7 +31,7 @@ from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
 from abe.report.reproduced import draw
-from abe.results import append_record, best_rate, is_baseline, read_records
+from abe.results import append_record, best_rate, data_title, is_baseline, read_records
 from abe.runtime import (
     autocast,
     choose_device,
@@ -44,13 +44,16 @@ from abe.train import Trainer
 from abe.verdicts import (
     PAPERS_LEARNERS,
     Row,
+    by_images_and_start,
     counts,
     csv_text,
     departures,
     judge,
     markdown,
     papers_images,
+    reservations,
     rows_of,
+    runs_of_arms,
     values_of,
 )
 
@@ -148,7 +151,7 @@ class Reproduction:
             run, config = missing[0], missing[0].config
             if budget is not None:
                 self._speeds = self._speeds or [self.speed()]
-                needed = run.gflop / statistics.median(self._speeds)
+                needed = self.remaining(run) / statistics.median(self._speeds)
                 left = max(0.0, budget - (time.monotonic() - began))
                 if needed > left:
                     self.console.print(
@@ -184,6 +187,10 @@ class Reproduction:
                 speed = run.gflop / (time.monotonic() - started)
                 self._speeds = [*self._speeds, speed][-5:]
 
+    def remaining(self, run: Run) -> float:
+        """GFLOP, of a run that was interrupted those of the steps that are left."""
+        return run.gflop * (1 - steps_saved(self._run_folder(run.digest)) / run.config.train.steps)
+
     def score_baselines(self) -> None:
         """Raw pixels and the pretrained start, if they have no line."""
         base = self._of_baselines
@@ -202,21 +209,19 @@ class Reproduction:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
         runs = self.plan(experiment)
-        of_digest = {run.digest: run.arm.name for run in runs}
-        of_baselines = self._of_baselines.digest
-        records: dict[str, list[dict[str, Any]]] = {}
+        records = self._runs_of_arms(experiment, runs)
         baselines: dict[str, Arm] = {}
-        for record in self._records():
-            digest = record["config_digest"]
-            if not is_baseline(record) and digest in of_digest:
-                records.setdefault(of_digest[digest], []).append(record)
-            elif is_baseline(record) and digest == of_baselines:
+        for record in filter(is_baseline, self._records()):
+            if record["config_digest"] == self._of_baselines.digest:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
         left = self._left(runs)
-        unstable = {(run.arm.name, run.config.train.lr) for run in left["diverged"]}
-        for arm_name, own in records.items():
-            stable = [r for r in own if (arm_name, r["config"]["train"]["lr"]) not in unstable]
+        unstable: dict[str, set[float]] = {}  # rates of each arm
+        for run in left["diverged"]:
+            unstable.setdefault(run.arm.name, set()).add(run.config.train.lr)
+        for arm_name, rates in unstable.items():
+            own = records[arm_name]
+            stable = [r for r in own if r["config"]["train"]["lr"] not in rates]
             records[arm_name] = stable or own
         arms = experiment.arms(self.scale.learners)
         rows = rows_of([*baselines.values(), *arms], records)
@@ -234,18 +239,19 @@ class Reproduction:
         }
         text = [
             f"# {name}: {experiment.title}",
-            f"{data}, in percent, with the 95 % interval over seeds and classes; what is said to "
-            f"be the paper's is of {papers_images(experiment, data)}. "
+            f"{data_title(self.splits.describe())}, in percent, with the 95 % interval over seeds "
+            f"and classes; what is said to be the paper's is of {papers_images(experiment, data)}. "
             f"{_protocol(runs)}."
             + f" All rows have the recipe's rate, {base.train.lr:g}."
             * (not experiment.tuned and not any(arm.rates for arm in arms)),
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             *(note for state, note in notes.items() if left[state]),
-            *_at_the_edge(rows, unstable),
+            *self._reservations(experiment, rows, unstable),
             "Departs from the paper's setting: "
             + ("; ".join(self.departures(experiment)) or "nowhere")
-            + ". The paper gives no rate, length or weight decay: those of `full` are ours.",
+            + ". The paper gives no rate, length or weight decay: those of `full` are ours; and Eq. 9 "
+            "is divided by the batch, as Eq. 10 is.",
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(files[0], "\n\n".join(part for part in text if part) + "\n")
@@ -301,6 +307,38 @@ class Reproduction:
         seconds = statistics.median([step() for _ in range(4)][1:])
         return 6 * count_macs(model, side) * images / 1e9 / seconds
 
+    def _runs_of_arms(
+        self, experiment: Experiment, runs: Sequence[Run]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The records of each arm, of seeds and rates beyond the plan too."""
+        planned = {run.digest for run in runs}  # of this start, whatever its file is called
+        by_key = {
+            key: own
+            for group in by_images_and_start(self._records())
+            if any(run["config_digest"] in planned for own in group.values() for run in own)
+            for key, own in group.items()
+        }
+        return runs_of_arms(experiment, self.scale, by_key, self._classes)
+
+    def _reservations(
+        self, experiment: Experiment, rows: Sequence[Row], diverged: Mapping[str, Collection[float]]
+    ) -> list[str]:
+        """A line of why rows may do better than they did, if there are such."""
+        told = reservations(
+            {
+                row.arm.name: row.reservations(
+                    experiment.rates(row.arm, self.scale), diverged.get(row.arm.name, ())
+                )
+                for row in rows
+            }
+        )
+        return [f"May be better than it is here: {told}."] if told else []
+
+    @property
+    def _classes(self) -> int:
+        """How many are learned from."""
+        return len(np.unique(self.splits.train.labels))
+
     @property
     def _of_baselines(self) -> Config:
         """What is not trained is the same for every seed."""
@@ -327,26 +365,32 @@ class Reproduction:
             if digest in recalls:
                 of_rate = tried.setdefault(run.arm.name, {}).setdefault(run.config.train.lr, {})
                 of_rate[run.config.seed] = recalls[digest]
-        behind = {(arm, rate) for arm, rates in tried.items() for rate in self._behind(rates)}
         found: dict[str, list[Run]] = {"missing": [], "diverged": [], "given up": []}
         for run, digest in zip(runs, digests, strict=True):
             if digest in diverged:
                 found["diverged"].append(run)
             elif digest in left:
-                late = (run.arm.name, run.config.train.lr) in behind
+                late = self._is_given_up(run, tried.get(run.arm.name, {}))
                 found["given up" if late else "missing"].append(run)
         return found
 
-    def _behind(self, by_rate: Mapping[float, Mapping[int, float]]) -> list[float]:
-        """The rates that are clearly behind the best on held-out classes, by common seeds."""
-        best, queries = best_rate(by_rate), len(self.splits.select)
-        found = []
-        for rate, recalls in by_rate.items():
-            shared = sorted(recalls.keys() & by_rate[best].keys())
-            own, others = ([by_rate[each][seed] for seed in shared] for each in (rate, best))
-            if shared and is_behind(own, others, queries):
-                found.append(rate)
-        return found
+    def _is_given_up(self, run: Run, by_rate: Mapping[float, Mapping[int, float]]) -> bool:
+        """Whether its rate is clearly behind the best on held-out classes, by the seeds before.
+
+        Not by those after it: a line that was removed is missing, whatever was run since.
+        """
+        before = {
+            rate: {seed: recall for seed, recall in recalls.items() if seed < run.config.seed}
+            for rate, recalls in by_rate.items()
+        }
+        before = {rate: recalls for rate, recalls in before.items() if recalls}
+        own = before.get(run.config.train.lr)
+        if own is None:
+            return False
+        best = before[best_rate(before)]
+        shared = sorted(own.keys() & best.keys())
+        recalls, others = ([each[seed] for seed in shared] for each in (own, best))
+        return bool(shared) and is_behind(recalls, others, len(self.splits.select))
 
     def _configs(self, arm: Arm, rates: Sequence[float], seed: int) -> list[Config]:
         """One at each rate."""
@@ -354,7 +398,7 @@ class Reproduction:
         return [
             base.with_overrides(
                 [*arm.settings, f"train.lr={rate}", f"seed={seed}"]
-            ).with_batches_that_fit(len(np.unique(self.splits.train.labels)))
+            ).with_batches_that_fit(self._classes)
             for rate in rates
         ]
 
@@ -408,27 +452,6 @@ def _protocol(runs: Sequence[Run]) -> str:
     )
 
 
-def _at_the_edge(rows: Sequence[Row], unstable: Collection[tuple[str, float]]) -> list[str]:
-    """Which rows chose the lowest or highest rate that they tried: another may be better.
-
-    Args:
-        rows: of a table.
-        unstable: rates that diverged, behind the names of their rows.
-    """
-    edges = {}
-    for row in rows:
-        if row.found is not None:
-            diverged = {rate for name, rate in unstable if name == row.arm.name}
-            rates = sorted({*row.found.rates, *diverged})
-            chosen = row.found.record["config"]["train"]["lr"]
-            if len(rates) > 1 and chosen in (rates[0], rates[-1]):
-                edges[row.arm.name] = f"{chosen:g} of {', '.join(f'{each:g}' for each in rates)}"
-    told = "; ".join(f"{name}: {edge}" for name, edge in edges.items())
-    return (
-        [f"At the edge of the rates tried, so that another may be better: {told}."] if told else []
-    )
-
-
 def reproduce(
     reproduction: Reproduction,
     experiments: Mapping[str, Experiment],
@@ -464,7 +487,7 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
             if run.digest in listed:
                 continue
             listed.add(run.digest)
-            seconds = run.gflop / speed
+            seconds = reproduction.remaining(run) / speed
             total += seconds
             rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)
             table.add_row(name, run.arm.name, rate, seed, _minutes(seconds))

@@ -51,9 +51,10 @@ def method_name(config: Config) -> str:
         "m-heads+att": f"{m}-head" + "s" * (m > 1) + "+att",
         "m-tails": f"{m}-tail" + "s" * (m > 1),
     }[model.network]
-    without = " without divergence" * (m > 1 and config.train.divergence_weight == 0)
-    # Only networks with one shared G are trained with Eq. 9 (supplement): say it of them alone.
-    return f"{name}^{model.embedding_dim}" + without * (model.network in {"abe", "m-tails"})
+    # The paper trains those with one shared G with Eq. 9, and no others (supplement).
+    with_it, expected = config.train.divergence_weight > 0, model.network in {"abe", "m-tails"}
+    otherwise = f" {'with' if with_it else 'without'} divergence" * (with_it != expected and m > 1)
+    return f"{name}^{model.embedding_dim}{otherwise}"
 
 
 def result_record(
@@ -176,8 +177,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             markdown_table(summarize([record]))
             Config.from_json(record["config"])
-            float(record["selection_recall@1"] or 0)
+            if not 0 <= float(record["selection_recall@1"] or 0) <= 1:
+                raise ValueError(f"selection_recall@1 {record['selection_recall@1']}")
             if "hits@1" in record["scores"]:
+                _ = record["images_digest"], record["date"]
+                _ = record["environment"]["commit"], record["environment"]["precision"]
                 hits = record["scores"]["hits@1"]
                 queries = len(unpack(hits))
                 if "classes" in hits and len(unpack_classes(hits["classes"])) != queries:

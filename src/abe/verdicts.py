@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,29 @@ class Row:
         samples = self.samples("recall@1")
         return crossed(np.stack(list(samples.values())), _classes(self._runs)) if samples else None
 
+    def reservations(
+        self, planned: Collection[float] = (), diverged: Collection[float] = ()
+    ) -> list[str]:
+        """Why an arm may do better than its figures: "the start itself was picked in 2 of 3".
+
+        Args:
+            planned: learning rates to choose from.
+            diverged: those of them that were tried and lost.
+        """
+        if self.found is None or is_baseline(self.found.record):
+            return []
+        notes = []
+        if at_start := sum(run["selected_step"] == 0 for run in self._runs):
+            notes.append(f"the start itself was picked in {at_start} of {len(self._runs)}")
+        rates = sorted({*self.found.rates, *diverged})
+        chosen = self.found.record["config"]["train"]["lr"]
+        if len(rates) > 1 and chosen in (rates[0], rates[-1]):
+            end = "lowest" if chosen == rates[0] else "highest"
+            notes.append(f"its rate is the {end} of {', '.join(f'{each:g}' for each in rates)}")
+        if untried := sorted({*planned} - {*rates}):
+            notes.append(f"not tried at {', '.join(f'{each:g}' for each in untried)}")
+        return notes
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -139,7 +162,10 @@ class Judged:
         return "" if self.difference is None else self._points(self.difference.mean)
 
     def _points(self, value: float) -> str:
-        return f"{100 * value:+z.1f}" if "recall" in self.claim.quantity else f"{value:+z.2f}"
+        """One digit behind the point; two where one would hide on which side of 0 it is."""
+        points = 100 * value if "recall" in self.claim.quantity else value
+        digits = 1 if "recall" in self.claim.quantity and not 0.005 < abs(points) < 0.05 else 2
+        return f"{points:+z.{digits}f}"
 
     def __str__(self) -> str:
         return ": ".join(part for part in (str(self.claim), self.shown, self.verdict) if part)
@@ -233,6 +259,11 @@ def judge(
     }
     verdict = f"{OPEN}, {lacking}" if lacking else verdicts[claim.relation]
     return Judged(claim, difference, verdict, tuple(pairs), bootstrapped)
+
+
+def reservations(by_arm: Mapping[str, Sequence[str]]) -> str:
+    """`Row.reservations` of several arms, behind their names; "" if none has any."""
+    return "; ".join(f"{name}: {', '.join(notes)}" for name, notes in by_arm.items() if notes)
 
 
 def papers_images(experiment: Experiment, data: str) -> str:
@@ -330,7 +361,7 @@ def values_by_images(
         InputError: images of the same name have runs that are not comparable.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for group in _by_images_and_start(records):
+    for group in by_images_and_start(records):
         if not _has_images_of(experiment, group):
             continue
         for _, scale, by_arm in _of_scales(experiment, group):
@@ -440,20 +471,24 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     Behind the claims stand the tables of all results.
     """
     records = list(records)
-    groups = _by_images_and_start(records)
+    groups = by_images_and_start(records)
     lines = [_PAGE_HEAD, "", *_left_out(records, groups)]
     all_told = {
         name: [told for group in groups for told in _judged_claims(experiment, group)]
         for name, experiment in EXPERIMENTS.items()
     }
     if short := [told for each in all_told.values() for told in each]:
-        lines += ["\n## In short\n", "Verdicts, and the differences without their intervals.\n"]
+        lines += [
+            "\n## In short\n",
+            "Verdicts, and the differences without their intervals; an empty cell was not run, and "
+            "what several claims say of the same runs is told once.\n",
+        ]
         lines += _in_short(short)
         lines += _repeated(short)
-    first: dict[str, str] = {}
+    first: dict[_Compared, tuple[str, Claim]] = {}
     for name, experiment in EXPERIMENTS.items():
         lines += [f"\n## {name}: {experiment.title}\n", *_section(name, all_told[name], first)]
-        first = {told.line: name for told in all_told[name]} | first
+        first = {told.compared: (name, told.claim) for told in all_told[name]} | first
     lines += ["\n## All results\n", markdown_table(summarize(records))]
     return "\n".join(lines) + "\n"
 
@@ -506,7 +541,7 @@ def select(
             )
     if names:
         experiments = [each for name in names for each in get_experiments(name).values()]
-        runs = _of_arms(experiments, _by_images_and_start(runs))
+        runs = _of_arms(experiments, by_images_and_start(runs))
         if not runs:
             raise InputError(
                 f"no run is of {', '.join(names)} at either scale: `abe reproduce` makes them"
@@ -525,10 +560,10 @@ def _images(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["data"], record["protocol"], record["config"]["data"]["crop"]
 
 
-def _by_images_and_start(
+def by_images_and_start(
     records: Iterable[dict[str, Any]],
 ) -> list[dict[str, list[dict[str, Any]]]]:
-    """Runs that can be compared: of each images and start, by the `_key` of their arm."""
+    """Runs that can be compared: of each images and start, by the settings of their arm."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in records:
         if is_baseline(record) or not counts(record):
@@ -540,35 +575,58 @@ def _by_images_and_start(
     return list(groups.values())
 
 
-def _section(name: str, all_told: Sequence[_Told], first: Mapping[str, str]) -> list[str]:
-    """What is told of the claims of an experiment, but for the lines that another one has first."""
+def _section(
+    name: str, all_told: Sequence[_Told], first: Mapping[_Compared, tuple[str, Claim]]
+) -> list[str]:
+    """What is told of the claims of an experiment, but for what another one has told of the runs.
+
+    Args:
+        name: of the experiment.
+        all_told: of its claims.
+        first: which experiment and claim have told of what was compared.
+    """
     experiment = EXPERIMENTS[name]
     by_claim: dict[Claim, list[_Told]] = {}
     for told in all_told:
         by_claim.setdefault(told.claim, []).append(told)
-    learners = max(
-        (scale.learners for scale in (small(True), full())),
-        key=lambda learners: len(by_claim.keys() & experiment.claims(learners)),
-    )
     images = "FOLDER" if experiment.anywhere else f"{experiment.benchmarks[0]} --root FOLDER"
-    command = f"`abe reproduce {name} --scale small --data {images}`"
-    claims = dict.fromkeys([*experiment.claims(learners), *by_claim])
-    if not claims:
-        return [f"A picture, no figures: {command}."]
+    commands = {
+        small(True).learners: f"--scale small --data {images}",
+        full().learners: f"--scale full --data {experiment.benchmarks[0]} --root FOLDER",
+    }
+    not_run = {
+        claim: f"`abe reproduce {name} {options}`"
+        for learners, options in reversed(commands.items())
+        for claim in experiment.claims(learners)
+        if claim not in by_claim and not (experiment.ours and learners == full().learners)
+    }
+    if not (not_run or by_claim):
+        return [f"A picture, no figures: `abe reproduce {name} {commands[small(True).learners]}`."]
     lines = [_CLAIMS_HEAD]
-    for claim in claims:
-        if claim not in by_claim:
-            theirs = papers_difference(experiment, claim, learners, "")
-            lines.append(f"| {claim} | {theirs} | | | not run here: {command} | |")
+    for claim in dict.fromkeys([*experiment.claims(small(True).learners), *by_claim, *not_run]):
+        if claim in not_run:
+            theirs = _papers_difference(experiment, claim)
+            lines.append(f"| {claim} | {theirs} | | | not run here: {not_run[claim]} | | |")
             continue
         own = by_claim[claim]
-        lines += [told.line for told in own if told.line not in first]
-        elsewhere = {first[told.line]: told.theirs for told in own if told.line in first}
-        lines += [
-            f"| {claim} | {theirs} | | | as under {other} | |"
-            for other, theirs in elsewhere.items()
-        ]
+        lines += [told.line for told in own if told.compared not in first]
+        elsewhere = dict.fromkeys(
+            (*first[told.compared], told.theirs) for told in own if told.compared in first
+        )
+        for other, known, theirs in elsewhere:
+            where = f"as under {other}" + f": {known}" * (known != claim)
+            lines.append(f"| {claim} | {theirs} | | | {where} | | |")
     return lines
+
+
+def _papers_difference(experiment: Experiment, claim: Claim) -> str:
+    """`papers_difference` of a claim at the scale that has it."""
+    learners = next(
+        scale.learners
+        for scale in (small(True), full())
+        if claim in experiment.claims(scale.learners)
+    )
+    return papers_difference(experiment, claim, learners, "")
 
 
 _PAGE_HEAD = """# Results
@@ -591,7 +649,8 @@ last that the table has, mostly CARS-196; of which network, if of one with more 
 What a claim that was not run needs is `small`'s command; `--scale full --root FOLDER`, without
 `--data`, is the paper's own setting."""
 _CLAIMS_HEAD = (
-    "| claim | the paper's | setting | difference | verdict | runs |\n|---|--:|---|---|---|---|"
+    "| claim | the paper's | setting | difference | verdict | reservations | runs |\n"
+    "|---|--:|---|---|---|---|---|"
 )
 
 
@@ -601,26 +660,34 @@ def _of_scales(
     """The runs of each arm at either scale, of runs on the same images by `_key`."""
     record = next(iter(by_key.values()))[0]
     config = Config.from_json(record["config"])
-
-    def runs_of(arm: Arm, base: Config) -> Sequence[dict[str, Any]]:
-        own = base.with_overrides(arm.settings)
-        return by_key.get(_key(own.with_batches_that_fit(record["data"]["train_classes"])), ())
-
     for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
-        base = scale.base.model_copy(update={"data": config.data})
-        yield (
-            name,
-            scale,
-            {
-                arm.name: [
-                    run
-                    for run in runs_of(arm, base)
-                    if experiment.tuned
-                    or run["config"]["train"]["lr"] in experiment.rates(arm, scale)
-                ]
-                for arm in experiment.arms(scale.learners)
-            },
-        )
+        of_images = replace(scale, base=scale.base.model_copy(update={"data": config.data}))
+        classes = record["data"]["train_classes"]
+        yield name, scale, runs_of_arms(experiment, of_images, by_key, classes)
+
+
+def runs_of_arms(
+    experiment: Experiment,
+    scale: Scale,
+    by_key: Mapping[str, Sequence[dict[str, Any]]],
+    classes: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm by its name, of all seeds; where arms choose a rate, at all rates.
+
+    Args:
+        experiment: whose arms.
+        scale: what they begin from, with the images in its base.
+        by_key: see `by_images_and_start`.
+        classes: how many are learned from.
+    """
+
+    def runs_of(arm: Arm) -> list[dict[str, Any]]:
+        config = scale.base.with_overrides(arm.settings).with_batches_that_fit(classes)
+        rates = experiment.rates(arm, scale)
+        runs = by_key.get(_key(config), ())
+        return [run for run in runs if experiment.tuned or run["config"]["train"]["lr"] in rates]
+
+    return {arm.name: runs_of(arm) for arm in experiment.arms(scale.learners)}
 
 
 def _of_arms(
@@ -649,6 +716,8 @@ class _Told:
     """Of the network that is said to have more first."""
     halves: tuple[Judged, ...]
     """By the first `MIN_SEEDS` seeds and by the others, if these are as many."""
+    doubts: str
+    """See `reservations`."""
 
     @property
     def claim(self) -> Claim:
@@ -662,10 +731,20 @@ class _Told:
         return f"{data}, `{self.scale}`, protocol `{protocol}`: {schedules}"
 
     @property
+    def compared(self) -> _Compared:
+        """What it is about: claims of differently named arms may be of the same runs."""
+        claim = self.claim
+        digests = tuple(run["config_digest"] for run in self.runs)
+        return claim.relation, claim.quantity, claim.against, self.setting, digests
+
+    @property
     def line(self) -> str:
         judged = self.judged
         cells = str(self.claim), self.theirs, self.setting, judged.shown, f"**{judged.verdict}**"
-        return f"| {' | '.join((*cells, _stamps(self.runs)))} |"
+        return f"| {' | '.join((*cells, self.doubts, _stamps(self.runs)))} |"
+
+
+_Compared = tuple[str, Quantity, Quantity | None, str, tuple[str, ...]]
 
 
 def _has_images_of(experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
@@ -694,17 +773,28 @@ def _judged_claims(
             halves = (judged.pairs[:MIN_SEEDS], judged.pairs[MIN_SEEDS:])
             enough = len(halves[1]) >= MIN_SEEDS
             again = tuple(judge(claim, rows, half) for half in halves) if enough else ()
-            told.append(_Told(judged, theirs, name, runs, again))
+            doubts = reservations(
+                {
+                    arm: by_name[arm].reservations(experiment.rates(by_name[arm].arm, scale))
+                    for arm in compared
+                }
+            )
+            told.append(_Told(judged, theirs, name, runs, again, doubts))
     return told
 
 
 def _in_short(told: Iterable[_Told]) -> list[str]:
     """Each claim that was tried in a line, with a column for each images, scale and start."""
     by_claim: dict[Claim, dict[tuple[str, str], str]] = {}
+    known: dict[Claim, set[_Compared]] = {}
     for each in told:
         column = each.setting, each.runs[0]["images_digest"]
         verdict = each.judged.verdict.partition(",")[0]
         by_claim.setdefault(each.claim, {})[column] = f"{verdict} {each.judged.mean}"
+        known.setdefault(each.claim, set()).add(each.compared)
+    for claim, compared in reversed(list(known.items())):
+        if any(compared <= others for other, others in known.items() if other != claim):
+            del by_claim[claim], known[claim]
     columns = {
         column: chr(ord("A") + number)
         for number, column in enumerate(sorted({c for cells in by_claim.values() for c in cells}))
@@ -723,9 +813,9 @@ def _in_short(told: Iterable[_Told]) -> list[str]:
 
 def _repeated(all_told: Iterable[_Told]) -> list[str]:
     """The claims that had seeds enough for two verdicts: the first seeds', and the others'."""
-    lines: dict[str, None] = {}
+    lines: dict[_Compared, str] = {}
     for told in all_told:
-        if not told.halves:
+        if not told.halves or told.compared in lines:
             continue
         first, others = told.halves
         assert first.difference is not None
@@ -737,7 +827,7 @@ def _repeated(all_told: Iterable[_Told]) -> list[str]:
             days = sorted({str(run["date"])[:10] for run in runs})
             where = ", ".join(dict.fromkeys(map(_device, runs)))
             cells.append(f"{half.shown} **{half.verdict}**; {' to '.join(days)}, {where}")
-        lines[f"| {' | '.join([*cells, 'yes' if within else 'no'])} |"] = None
+        lines[told.compared] = f"| {' | '.join([*cells, 'yes' if within else 'no'])} |"
     if not lines:
         return []
     return [
@@ -748,7 +838,7 @@ def _repeated(all_told: Iterable[_Told]) -> list[str]:
         "",
         f"| claim | setting | the first {MIN_SEEDS} seeds | the others | within |",
         "|---|---|---|---|---|",
-        *lines,
+        *lines.values(),
     ]
 
 

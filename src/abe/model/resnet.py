@@ -1,7 +1,7 @@
 """ResNet-50 (He et al. 2016) with torchvision's layer shapes and names, cut after `layer2`.
 
-The paper uses GoogLeNet only; the cut is where the feature map has the stride of GoogLeNet's
-"pool3" at half its depth. The attention trunk is `layer3` without its stride.
+The paper uses GoogLeNet only; at the cut the feature map has twice the sides of GoogLeNet's "pool3"
+(28 x 28 at 224 px). The attention trunk is `layer3` without its stride.
 """
 
 from __future__ import annotations
