@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -445,6 +446,30 @@ def test_every_state_that_the_disk_goes_through(
         save(state, 3)
         assert load_latest(state).step == 3
     assert list(dict.fromkeys(seen)) == expected
+
+
+def test_a_checkpoint_that_may_be_whole_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer, or permissions, say nothing of it."""
+    for step in (1, 2):
+        save(tmp_path, step=step)
+    opened, name = Path.open, f"{os.sep}step-00000002{os.sep}meta.json"
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        with pytest.raises(InputError, match=r"meta\.json cannot be read \(Perm.*see to its permi"):
+            load_latest(tmp_path)
+    assert load_latest(tmp_path).step == 2
+    listdir = MagicMock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(PermissionError):
+        checkpoints(tmp_path)
 
 
 def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:

@@ -309,3 +309,27 @@ def test_recipes_are_what_their_names_say() -> None:
 def test_unknown_recipe() -> None:
     with pytest.raises(InputError, match="no recipe 'papier': did you mean 'paper'"):
         get_recipe("papier")
+
+
+def test_a_file_of_a_known_start_s_name_is_not_that_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = get_recipe("demo")
+    digest = config.digest
+    monkeypatch.chdir(tmp_path)
+    assert config.model.weights is not None
+    (tmp_path / config.model.weights).write_bytes(b"something else")
+    assert config.digest == digest
+
+
+def test_the_home_folder_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    config = Config().with_overrides(["model.weights=~/w.safetensors", "data.source=~/photos"])
+    anchored = config.anchored()
+    assert anchored.model.weights == str(tmp_path / "w.safetensors")
+    assert anchored.data.source == str(tmp_path / "photos")
+    assert anchored.digest == config.digest
+    (tmp_path / "w.safetensors").write_bytes(b"others")
+    assert anchored.digest == config.digest
+    assert Config().digest != config.digest

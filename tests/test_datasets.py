@@ -166,7 +166,9 @@ def test_links_out_of_the_root_and_to_folders_are_broken_images(birds, tmp_path)
     assert {item.path for item in error.value.errors} == {*links}
     reason = f"a link to a folder or out of {birds}, and none is followed"
     assert {item.reason for item in error.value.errors} == {reason}
-    kept = images.select(check_images(images, skip_broken=True))
+    with pytest.warns(UserWarning, match=r"cannot be read .*, and are left out:\n.*") as warned:
+        kept = images.select(check_images(images, skip_broken=True))
+    assert all(str(error.path) in str(warned[0].message) for error in find_broken(images).values())
     assert len(kept) == 6
     assert not {*kept.paths} & {*links}
 
@@ -195,13 +197,15 @@ def test_folders_of_any_depth(birds, deep):
     assert find_broken(images) == {}
 
 
-def test_images_of_other_formats_are_not_passed_over_in_silence(birds):
+def test_what_may_be_an_image_is_not_passed_over_in_silence(birds):
     names = ("a.heic", "b.HEIC", "deep/c.avif", "d.png.txt", "Thumbs.db", ".e.heic", "f.json")
+    names += ("5f3a9c", "8d21b0", "g.JPG_large")
     for name in names:
         (birds / "wren" / name).parent.mkdir(exist_ok=True)
         (birds / "wren" / name).touch()
     (birds / "loose.heif").touch()
-    says = r"birds has images of formats that are not read.*\(2 \.heic, 1 \.heif, 1 \.avif\): save"
+    counts = r"2 without suffix, 2 \.heic, 1 \.heif, 1 \.jpg_large, 1 \.avif"
+    says = rf"birds has files whose names do not end .* passed over \({counts}\): if they are im"
     with pytest.warns(UserWarning, match=says) as warned:
         assert len(image_folder(birds)) == 6
     assert len(warned) == 1
@@ -244,7 +248,7 @@ def test_too_few_classes_or_images(tmp_path):
     assert_refused(open_dataset, tmp_path, says="has a single class, 'auk'")
     paint(tmp_path / "kite" / "1.png")
     paint(tmp_path / "kite" / "2.png")
-    says = ["classes with a single image (1 of 2)", "leave them out: auk"]
+    says = ["classes with a single image (1 of 2)", "leave them out:\nauk"]
     assert_refused(open_dataset, tmp_path, says=says)
 
 
@@ -401,7 +405,7 @@ def test_a_split_that_is_none(birds):
 def test_a_csv_with_too_few_classes_or_images(birds):
     rows = "path,label\nwren/1.png,a\nwren/2.png,a\n"
     assert_refused(open_dataset, write_csv(birds, rows), says="has a single class, 'a'")
-    says = ["classes with a single image (1 of 2)", "leave them out: b"]
+    says = ["classes with a single image (1 of 2)", "leave them out:\nb"]
     assert_refused(open_dataset, write_csv(birds, rows + "auk/1.png,b\n"), says=says)
 
 

@@ -234,13 +234,13 @@ MISTAKES = {
         Mistake(
             "A class with a single image",
             "abe train photos",
-            "photos has classes with a single image .*: bird7",
+            r"photos has classes with a single image .*:\nbird7",
             single_photo,
         ),
         Mistake(
             "Files that are damaged or no images",
             "abe train photos",
-            r"\(2 of 80\); replace .*--skip-broken:\nphotos/bird3/2.png: .*\nphotos/bird9/1.png: ",
+            r"\(2 of 80\); replace .*--skip-.*:\nphotos/bird3/2.png: .*\nphotos/bird9/1.png: ",
             broken_photos,
         ),
         Mistake(

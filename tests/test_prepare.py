@@ -325,6 +325,22 @@ def test_without_pyarrow(birds, prepared, monkeypatch, tmp_path):
 # --- interruptions -----------------------------------------------------------------------------
 
 
+def test_what_takes_long_is_written_to_the_journal_before_there_is_much_of_it(
+    birds, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "FLUSHED_SECONDS", 0.0)
+    square, seen = datasets.ImageFiles.square, []
+
+    def square_and_look(images, index, side):
+        journal = tmp_path / "made" / "prepared.journal"
+        seen.append(journal.read_bytes().count(b"\n"))
+        return square(images, index, side)
+
+    monkeypatch.setattr(datasets.ImageFiles, "square", square_and_look)
+    prepare_folder(birds, tmp_path / "made")
+    assert max(seen) > 10  # of 30, and fewer than FLUSHED
+
+
 def test_going_on_decodes_the_rest_alone(birds, prepared, tmp_path, monkeypatch, flushed_often):
     folder = tmp_path / "interrupted"
     decoded = count_decoded(monkeypatch)
@@ -816,7 +832,7 @@ def test_a_folder_among_the_images(birds, tmp_path):
     for folder in (birds, birds / "class 7", birds / "class 1" / "deep"):
         for source in (birds, tmp_path):
             assert refusal(prepare, image_folder(birds), folder, source=source) == (
-                f"{folder} is in {birds}: name a folder outside of it by --out"
+                f"{folder} is in {birds}, the images: name a folder outside of it"
             )
     assert not (birds / "class 7").exists()
     prepare(image_folder(birds), tmp_path / "prepared", source=tmp_path, side=SIDE)
@@ -1114,7 +1130,7 @@ def test_the_command(birds, tmp_path, monkeypatch, capsys):
     status, printed = run("prepare", "birds", "--out", "birds/1")
     assert status == 2
     assert re.fullmatch(
-        "error: birds/1 is in .*birds: name a folder outside of it by --out\n", printed
+        "error: birds/1 is in .*birds, the images: name a folder outside of it\n", printed
     )
 
     shutil.rmtree(birds)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from abe import cli
 from abe.config import DataConfig, PretrainConfig
 from abe.data.classes import open_classes
+from abe.data.loader import Batch
 from abe.data.splits import open_source
 from abe.errors import InputError
 from abe.model.backbones import get_backbone
@@ -219,7 +221,7 @@ def test_a_class_with_a_single_image_is_told(photos: Path) -> None:
     some = source.images.select(np.arange(21))
     with (
         mock.patch("abe.data.splits.open_source", return_value=source._replace(images=some)),
-        pytest.raises(InputError, match=r"photos has classes with a single image \(1 of 2\).* 1$"),
+        pytest.raises(InputError, match=r"photos has classes with a single image \(1 of 2\).*\n1$"),
     ):
         open_classes(configured(photos))
 
@@ -331,6 +333,41 @@ def test_measuring_leaves_batch_norm_s_statistics(photos: Path, tmp_path: Path) 
     pretrainer._end_epoch(0.5)
     after = pretrainer.network.state_dict()
     assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_settings_reach_the_optimiser_and_its_schedule(photos: Path, tmp_path: Path) -> None:
+    config = configured(photos, lr=0.2, momentum=0.7, weight_decay=0.03, warmup=0.25)
+    schedule = Pretrainer(config, tmp_path, SILENT).schedule
+    assert (schedule.steps, schedule.warmup, schedule.schedule) == (STEPS, STEPS // 4, "cosine")
+    assert (schedule.lr, schedule.momentum, schedule.weight_decay) == (0.2, 0.7, 0.03)
+    assert schedule.bias_lr_factor == 1
+
+
+def test_a_step_lowers_the_cross_entropy_of_smoothed_labels(photos: Path, tmp_path: Path) -> None:
+    pretrainer = Pretrainer(configured(photos, label_smoothing=0.4), tmp_path, SILENT)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    pretrainer.network.train()
+    logits = pretrainer.network(pretrainer.preprocessing.normalize(images)).double()
+    smoothed = torch.full((6, CLASSES), 0.4 / CLASSES, dtype=torch.double)
+    smoothed[torch.arange(6), pretrainer.images.class_of[labels]] += 0.6
+    expected = -(smoothed * logits.log_softmax(1)).sum(1).mean().item()
+    assert pretrainer.train_step(Batch(images, labels, labels)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_seed_decides_the_batches(photos: Path, tmp_path: Path) -> None:
+    first, other = (
+        Pretrainer(configured(photos, seed=seed), tmp_path / str(seed), SILENT) for seed in (1, 2)
+    )
+    assert first.sampler.batch(0).tolist() != other.sampler.batch(0).tolist()
+
+
+def test_what_was_filled_into_a_model_card_stays(made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made.parent, tmp_path / "made")
+    card = folder / f"{made.stem}.md"
+    card.write_text(f"{card.read_text()}\nLicence: mine.\n")
+    Pretrainer.resume(folder, SILENT).fit()
+    assert card.read_text().endswith("Licence: mine.\n")
 
 
 # --- Whole ones --------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ def test_fewer_queries_than_are_shown(data: Path, tmp_path: Path) -> None:
 def test_queries_without_a_match_are_refused(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abe.report.html._has_match", lambda splits: np.zeros(20, bool))
+    monkeypatch.setattr("abe.report.html.have_match", lambda *labels: np.zeros(20, bool))
     with pytest.raises(InputError, match=r"none of the test images of \S+abe has another .*: put"):
         write_report([runs["abe"]], tmp_path / "report.html")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ from abe.start import build_model
 _MODEL, _TRAINING, _META = "model.safetensors", "training.safetensors", "meta.json"
 _FORMAT = 2
 _ADVICE = "use another checkpoint, or train anew"
+_SEE_TO = "see to its permissions and to the disk"
 _REPLACED = ".replaced"  # where a checkpoint is while another takes its place
 
 
@@ -213,13 +215,18 @@ def save_checkpoint(
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; or the only one, aside when a kill came."""
     folder = run / "checkpoints"
-    return sorted(folder.glob("step-*")) or list(folder.glob(_REPLACED))
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [folder / name for name in names if name.startswith("step-")]
+    return found or [folder / name for name in names if name == _REPLACED]
 
 
 def steps_saved(run: Path) -> int:
     """How many steps of a run its newest checkpoint has; 0 if there is none."""
-    found = sorted((run / "checkpoints").glob("step-*"))
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    names = [path.name.removeprefix("step-") for path in checkpoints(run)]
+    return int(names[-1]) if names and names[-1].isdecimal() else 0
 
 
 def remove_superseded(run: Path, keep: Best | None, latest: int = 2) -> None:
@@ -277,12 +284,13 @@ def load_latest(run: Path) -> Checkpoint:
     raise AssertionError("unreachable")
 
 
-def load_selected(path: Path) -> Checkpoint:
+def load_selected(path: str | Path) -> Checkpoint:
     """The checkpoint to use: of a run the one that its protocol picked, or the folder itself.
 
     Raises:
         InputError: `path` is neither a run nor a checkpoint, or the checkpoint is damaged.
     """
+    path = Path(path)
     if (path / _META).exists():
         return Checkpoint.load(path)
     latest = load_latest(path)
@@ -345,8 +353,13 @@ def _name(step: int) -> str:
 
 
 def _read_meta(path: Path) -> _Meta:
-    if not path.exists():
-        raise DamagedCheckpointError(f"{path.parent} is no checkpoint: {path.name} is missing")
+    try:
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        missing = f"{path.parent} is no checkpoint: {path.name} is missing"
+        raise DamagedCheckpointError(missing) from None
+    except OSError as error:  # it may be whole all the same
+        raise InputError(f"{path} cannot be read ({error.strerror}): {_SEE_TO}") from None
     try:
         values = read_json(path)
     except InputError as error:
@@ -389,10 +402,10 @@ def _verified(path: Path, meta: _Meta) -> dict[str, Tensor]:
         if _sha256(path) == meta.sha256.get(path.name):
             return load_file(path)
     except (OSError, SafetensorError) as error:
-        passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        kind = InputError if passing else DamagedCheckpointError
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise InputError(f"{path} cannot be read ({error.strerror}): {_SEE_TO}") from None
         reason = error.strerror if isinstance(error, OSError) else error
-        raise kind(f"{path} cannot be read ({reason}): {_ADVICE}") from None
+        raise DamagedCheckpointError(f"{path} cannot be read ({reason}): {_ADVICE}") from None
     raise _changed(path)
 
 

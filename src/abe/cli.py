@@ -6,6 +6,7 @@ standard output, progress and errors to standard error.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -886,8 +887,12 @@ def _options(
 
 def main() -> None:
     """Run the command; what a user got wrong is one message and exit status 2, no traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that is not UTF-8
     with warnings.catch_warnings():
         warnings.showwarning = _print_warning
+        # An image that is too large is refused by name; Pillow's own words have none.
+        warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
         try:
             app(prog_name="abe")
         except InputError as error:

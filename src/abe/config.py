@@ -30,6 +30,10 @@ from abe.errors import InputError
 Protocol = Literal["val", "paper", "both"]
 
 
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -134,9 +138,9 @@ class DataConfig(_Section):
     def anchored(self) -> Self:
         """The same with full paths."""
         if self.root is not None:
-            return self.model_copy(update={"root": str(Path(self.root).absolute())})
+            return self.model_copy(update={"root": _absolute(self.root)})
         if self.source != "synthetic":
-            return self.model_copy(update={"source": str(Path(self.source).absolute())})
+            return self.model_copy(update={"source": _absolute(self.source)})
         return self
 
 
@@ -320,7 +324,7 @@ class Config(_Section):
 
         model = self.model
         if model.weights is not None and model.weights not in SOURCES:
-            model = model.model_copy(update={"weights": str(Path(model.weights).absolute())})
+            model = model.model_copy(update={"weights": _absolute(model.weights)})
         return self.model_copy(update={"data": self.data.anchored(), "model": model})
 
     def on_device(self, device: str | None) -> Self:
@@ -330,9 +334,11 @@ class Config(_Section):
     @property
     def digest(self) -> str:
         """12 hexadecimal digits of the portable values, and of the weights if they are a file."""
+        from abe.model.weights import SOURCES
+
         found = hashlib.sha256(json.dumps(self.portable(), sort_keys=True).encode())
-        if self.model.weights is not None:
-            file = Path(self.model.weights)
+        if self.model.weights is not None and self.model.weights not in SOURCES:
+            file = Path(self.model.weights).expanduser()
             file = file / "model.safetensors" if file.is_dir() else file
             if file.is_file():
                 found.update(file.read_bytes())

@@ -109,7 +109,8 @@ class Bounds:
         shape = rows.stop - rows.start, columns.stop - columns.start
         bounds = self.buffer[: shape[0] * shape[1]].view(shape)
         torch.add(self.offsets[0][rows, None], self.offsets[1][columns], out=bounds)
-        return bounds.addmm_(self.queries.points[rows], self.items.points[columns].mT)
+        with _products(self.queries.points):
+            return bounds.addmm_(self.queries.points[rows], self.items.points[columns].mT)
 
     def distances(self, i: Tensor, j: Tensor) -> Tensor:
         """The distances of queries i (P,) and items j (P,) as they are defined, float64."""
@@ -178,13 +179,12 @@ def sides(
     """
     centre = items.own.mean(0) if len(items.own) else items.own.new_zeros(items.own.shape[1])
     right = Side(items.own, item_classes[items.rows], centre, items.rows.start)
-    with _products(items.own):
-        for rank, rows in queries.turns():
-            theirs = queries.rows_of(rank)
-            if queries is items and rank == queries.rank:
-                yield right, right
-            else:
-                yield Side(rows, query_classes[theirs], centre, theirs.start), right
+    for rank, rows in queries.turns():
+        theirs = queries.rows_of(rank)
+        if queries is items and rank == queries.rank:
+            yield right, right
+        else:
+            yield Side(rows, query_classes[theirs], centre, theirs.start), right
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -94,8 +96,10 @@ def waiting_for(path: Path) -> Iterator[None]:
     with ExitStack() as stack:
         for told in itertools.count():
             try:
-                stack.enter_context(locked(lock, f"{path} is being fetched"))
-                break
+                file = stack.enter_context(locked(lock, f"{path} is being fetched"))
+                if _is(file, lock):
+                    break
+                stack.close()  # who held it has removed it meanwhile
             except TakenError as error:
                 if not told:
                     Console(stderr=True).print(f"{error} by another process: waiting for it ...")
@@ -106,6 +110,14 @@ def waiting_for(path: Path) -> Iterator[None]:
             if not partial_path(path).exists():  # else who waits goes on with it, under this lock
                 with suppress(OSError):
                     lock.unlink()
+
+
+def _is(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one that a path names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def partial_path(path: Path) -> Path:

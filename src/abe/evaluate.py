@@ -70,7 +70,7 @@ def embed(
     images: LabelledImages,
     preprocessing: Preprocessing,
     *,
-    device: torch.device,
+    device: torch.device | str,
     precision: Precision = "fp32",
     batch_size: int = 64,
     workers: int = 0,
@@ -84,6 +84,7 @@ def embed(
     there are fewer batches than parts, some are (0, 0, 0).
     `on_progress` is told the number of images done.
     """
+    device = torch.device(device)
     batches = share(-(-len(images) // batch_size), part)
     rows = range(len(images))[batches.start * batch_size : batches.stop * batch_size]
     embeddings = torch.empty(0, 0, 0)

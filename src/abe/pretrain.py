@@ -38,7 +38,14 @@ from abe.model.classifier import Classifier, exported
 from abe.model.weights import load_pretrained, read_weights
 from abe.optimizer import build_optimizer, set_rate
 from abe.progress import step_progress
-from abe.run_folder import ENVIRONMENT, IMAGES, LOG, alone, forget_later_steps
+from abe.run_folder import (
+    ENVIRONMENT,
+    IMAGES,
+    LOG,
+    alone,
+    forget_later_steps,
+    require_outside_images,
+)
 from abe.runtime import (
     Precision,
     StopSignal,
@@ -125,6 +132,8 @@ class Pretrainer:
             )
         if saved is None and self.file.exists():
             raise InputError(f"{self.file} is there already: give another folder")
+        if saved is None:
+            require_outside_images(folder, config.data)
         self.device = choose_device(config.device)
         self.precision: Precision = choose_precision(config.precision, self.device)
         # After an interruption as before it, on a busy machine as well.
@@ -362,9 +371,9 @@ class Pretrainer:
         write_tensors(self.file, tensors, metadata)
         unmeasured.unlink()
         numbers = sum(tensor.numel() for tensor in tensors.values())
-        replace_text(
-            self.file.with_suffix(".md"),
-            model_card(
+        card = self.file.with_suffix(".md")
+        if not card.exists():  # else its owner may have filled in what it asks for
+            text = model_card(
                 self.config,
                 facts,
                 environment(self.device) | {"precision": self.precision},
@@ -373,8 +382,8 @@ class Pretrainer:
                 architecture=self._architecture(),
                 size=f"{self.file.stat().st_size / 1e6:.0f} MB, {len(tensors)} tensors, "
                 f"{numbers:,} numbers",
-            ),
-        )
+            )
+            replace_text(card, text)
         scores = ", ".join(f"{100 * top_1:.1f} % at {side} px" for side, top_1 in measured.items())
         self._say(f"top-1 of the start: {scores}")
 

@@ -250,8 +250,8 @@ class Reproduction:
             *self._reservations(experiment, rows, unstable),
             "Departs from the paper's setting: "
             + ("; ".join(self.departures(experiment)) or "nowhere")
-            + ". The paper gives no rate, length or weight decay: those of `full` are ours; and Eq. 9 "
-            "is divided by the batch, as Eq. 10 is.",
+            + ". The paper gives no rate, length or weight decay: those of `full` are ours; and "
+            "Eq. 9 is divided by the batch, as Eq. 10 is.",
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(files[0], "\n\n".join(part for part in text if part) + "\n")

@@ -12,10 +12,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from abe.checkpoint import Checkpoint
+from abe.config import DataConfig
 from abe.data.splits import Splits
 from abe.errors import InputError
 from abe.ranks import Ranks
-from abe.runtime import locked, make_folder, read_json, read_json_lines, replace_text
+from abe.runtime import (
+    locked,
+    make_folder,
+    read_json,
+    read_json_lines,
+    replace_text,
+    require_outside,
+)
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
 LOG = "metrics.jsonl"
@@ -29,6 +37,12 @@ def alone(run: Path) -> AbstractContextManager[object]:
     make_folder(run)
     taken = f"{run} is being trained by another process: wait for it, or give another folder"
     return locked(run / LOCK, taken)
+
+
+def require_outside_images(folder: Path, data: DataConfig) -> None:
+    """Raises InputError if a folder to write is in that of the images."""
+    if data.root is None and (images := Path(data.source)).is_dir():
+        require_outside(folder, images)
 
 
 def recorded_precision(run: Path, device: torch.device) -> Literal["auto", "fp32", "bf16"]:

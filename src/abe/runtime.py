@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -366,6 +367,26 @@ def typed(*words: object) -> str:
     program = sys.argv[0]
     named = Path(program).name == "abe" and shutil.which("abe") != os.path.abspath(program)
     return shlex.join([program if named else "abe", *map(str, words)])
+
+
+def require_outside(folder: Path, images: Path) -> None:
+    """Raises InputError if a folder to write is among the images, whose folders are classes."""
+    if folder.resolve().is_relative_to(images.resolve()):
+        raise InputError(f"{folder} is in {images}, the images: name a folder outside of it")
+
+
+def available_memory() -> float:
+    """Bytes that a process can take without swapping; infinity where the system does not say."""
+    free = math.inf
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    group = Path("/sys/fs/cgroup")  # of a container, that of its own
+    with contextlib.suppress(OSError, ValueError):  # no limit is "max"
+        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def seconds_of(text: str, option: str) -> float:

@@ -30,6 +30,7 @@ from abe.config import Config
 from abe.errors import DivergedError, InputError
 from abe.losses import ContrastiveNormalization
 from abe.results import differing, flatten
+from abe.run_folder import require_outside_images
 from abe.runtime import (
     locked,
     make_folder,
@@ -117,6 +118,7 @@ def run_sweep(
             "leave --set protocol=val"
         )
     base = base.anchored()
+    require_outside_images(folder, base.data)
     space = search_space(base, keys)
     make_folder(folder)
     with locked(folder / LOCK, f"{folder} is swept by another process: wait for it"):

@@ -347,6 +347,8 @@ def open_tracking(run: Path, config: Config, done: int | None) -> Iterator[Track
     trackers = {str(name): kinds[name](run, config, done) for name in config.tracking}
     tracking = Tracking(trackers, config.train.steps)
     try:
+        if done is not None:
+            tracking.saved(done)  # which could not be told then, perhaps
         yield tracking
     finally:
         tracking.close()

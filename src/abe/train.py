@@ -43,7 +43,7 @@ from abe.chunks import backward_in_chunks, embed_in_chunks
 from abe.config import Config, TrainConfig
 from abe.data.classes import class_indices
 from abe.data.datasets import LabelledImages
-from abe.data.decode import ReadingError
+from abe.data.decode import BrokenImageError, ReadingError
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
@@ -68,6 +68,7 @@ from abe.run_folder import (
     checkpoint_of_first,
     forget_later_steps,
     recorded_precision,
+    require_outside_images,
     require_same_images,
 )
 from abe.runtime import (
@@ -125,6 +126,8 @@ class Trainer:
         self.run = run
         self.tracking = Tracking({})
         require_packages(config.tracking)
+        if checkpoint is None:
+            require_outside_images(run, config.data)
         self.ranks = Ranks(config.device, config.ranks_timeout)
         self.ranks.require_same(resumed=checkpoint is not None)
         if checkpoint is not None:
@@ -151,13 +154,7 @@ class Trainer:
         _require_no_batch_statistics(self.start.model, self.ranks, config.train)
         if config.train.activation_checkpointing:
             self.start.model.checkpoint_activations()
-        if splits is None:
-            splits = open_splits(
-                config.data, config.protocol, self.console, check=self.ranks.first_here
-            )
-        self.splits = splits
-        if checkpoint is not None:
-            require_same_images(run, self.splits)
+        self.splits = splits or self._open_splits(config, begun=checkpoint is not None)
         self.ranks.require_same(settings=config.digest, images=self.splits.digest)
         self.config = self._with_batches_that_fit()
         self.sampler = _sampler(self.config, self.splits.train.labels)
@@ -179,6 +176,23 @@ class Trainer:
         self.best: Best | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _open_splits(self, config: Config, *, begun: bool) -> Splits:
+        try:
+            splits = open_splits(
+                config.data, config.protocol, self.console, check=self.ranks.first_here
+            )
+            if begun:
+                require_same_images(self.run, splits)
+        except InputError as error:
+            if not begun:
+                raise
+            key = "data.source" if config.data.root is None else "data.root"
+            raise InputError(
+                f"the images of {self.run} cannot be opened: {error}; where they are now is told "
+                f"by --set {key}=FOLDER"
+            ) from None
+        return splits
 
     def _choose_precision(self, checkpoint: Checkpoint | None) -> Precision:
         """The same on all ranks, and on a device the same after an interruption as before it."""
@@ -218,7 +232,9 @@ class Trainer:
         """
         checkpoint = load_latest(run)
         config = checkpoint.config.on_device(device).with_overrides(overrides)
-        if config.portable() != checkpoint.config.portable():
+        moved = config.data.model_copy(update={"source": checkpoint.config.data.source})
+        as_before = config.model_copy(update={"data": moved})  # its images have a digest
+        if as_before.portable() != checkpoint.config.portable():
             raise InputError(
                 f"{run} goes on as it was started: give only what changes no result, such as "
                 "data.workers, train.chunk_size, ranks_timeout or tracking"
@@ -300,6 +316,10 @@ class Trainer:
             raise
         except LostRankError as error:
             raise InputError(f"{error}; {self._saved(go_on)}") from None
+        except (BrokenImageError, ReadingError) as error:
+            raise InputError(
+                f"{error}: it could be read before; see to it, {self._saved(go_on)}"
+            ) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -308,7 +328,7 @@ class Trainer:
                 f"data.workers; {self._saved(go_on)}"
             ) from None
         except OSError as error:
-            if error.filename is None or isinstance(error, ReadingError):
+            if error.filename is None:
                 raise
             raise InputError(
                 f"{error.filename} cannot be written ({error.strerror}): make room for it or see "

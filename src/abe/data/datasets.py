@@ -22,6 +22,11 @@ from abe.data.transforms import pad_to_square
 from abe.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COMPANION_SUFFIXES = {".csv", ".db", ".html", ".ini", ".json", ".mat", ".md", ".tsv", ".txt"} | {
+    ".xml",
+    ".yaml",
+    ".yml",
+}  # of what often lies beside images
 OTHER_SUFFIX = re.compile(  # of images that are not read
     r"\.(apng|arw|avif|cr2|cr3|dib|dng|eps|exr|hdr|heic|heif|ico|j2k|jp2|jpe|jpx|jxl|jxr|nef|nrw|"
     r"orf|pbm|pcx|pef|pgm|pnm|ppm|psd|qoi|raf|raw|rw2|srw|svg|tga|xcf)",
@@ -162,7 +167,7 @@ def open_dataset(spec: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
         InputError: there is no such thing, it is neither, it has fewer than 2 classes or one with a
             single image, or what the two functions object to.
     """
-    path = Path(spec)
+    path = Path(spec).expanduser()
     split = None
     if path.is_dir():
         images = image_folder(path)
@@ -185,7 +190,8 @@ def open_dataset(spec: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
     if singles := [images.class_names[int(label)] for label in np.flatnonzero(sizes == 1)]:
         raise InputError(
             f"{path} has classes with a single image ({len(singles)} of {len(sizes)}), which has "
-            f"no other to be compared with; add one or leave them out: {named(singles)}"
+            "no other to be compared with; add one to each, or leave them out:\n"
+            + "\n".join(map(printable, singles))
         )
     return images, split
 
@@ -194,9 +200,9 @@ def image_folder(root: str | Path) -> ImageFiles:
     """Open a folder with one sub-folder a class; images may lie in folders within that.
 
     Classes and files are in natural order ("2" before "10"). What is hidden (".name") is passed
-    over, and so are files in class folders whose names do not end as an image's; of suffixes that
-    other images have, a warning says how many. In class folders, links to folders or out of `root`
-    are images that cannot be read.
+    over, and so are files in class folders whose names do not end as an image's: but for what
+    often lies beside images, such as .txt, a warning says how many. In class folders, links to
+    folders or out of `root` are images that cannot be read.
 
     Raises:
         InputError: the folder cannot be read or is empty, images or links to folders lie directly
@@ -229,7 +235,8 @@ def image_folder(root: str | Path) -> ImageFiles:
             empty.append(f"{folder.name}{_seen(files)}")
         paths += images
         labels += [label] * len(images)
-        others += [path for path in files if _is_other_image(path)]
+        known = set(images)
+        others += [path for path in files if path not in known and not _is_companion(path)]
     if empty:
         raise InputError(
             f"{root} has class folders without images ({len(empty)} of {len(folders)}); remove "
@@ -237,8 +244,8 @@ def image_folder(root: str | Path) -> ImageFiles:
         )
     if others:
         warnings.warn(
-            f"{root} has images of formats that are not read, which are passed over "
-            f"({_kinds(others)}): save them as JPEG or PNG to have them included",
+            f"{root} has files whose names do not end as those of images that are read, and which "
+            f"are passed over ({_kinds(others)}): if they are images, save them as .jpg or .png",
             stacklevel=2,
         )
     names = [folder.name for folder in folders]
@@ -381,6 +388,8 @@ def check_images(
 ) -> np.ndarray:
     """Read every image once (see `find_broken`); -> int64, (n,): those that can be read.
 
+    A warning names those that are left out.
+
     Raises:
         BrokenImagesError: some cannot be read, and `skip_broken` is off or leaves a class with
             fewer than 2 images that had more.
@@ -393,7 +402,10 @@ def check_images(
         return kept
     problem = f"{images.name} has images that cannot be read ({len(broken)} of {len(images)})"
     if not skip_broken:
-        advice = "replace or remove them, or go on without them by --skip-broken"
+        advice = (
+            "replace them; or remove them or give --skip-broken, if no run and no prepared folder "
+            "has begun with them"
+        )
         raise BrokenImagesError(f"{problem}; {advice}", list(broken.values()))
     before = np.bincount(images.labels)
     left = np.bincount(images.labels[kept], minlength=len(before))
@@ -404,6 +416,8 @@ def check_images(
             "the images, or leave the classes out",
             [error for index, error in broken.items() if images.labels[index] in few],
         )
+    left_out = BrokenImagesError(f"{problem}, and are left out", list(broken.values()))
+    warnings.warn(str(left_out), stacklevel=2)
     return kept
 
 
@@ -419,7 +433,10 @@ def _scan(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: _natural(entry.name))
     except OSError as error:
-        raise InputError(f"{printable(folder)} cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{printable(folder)} cannot be read: {error.strerror}; see to its permissions, or "
+            "move it elsewhere"
+        ) from None
     folders: list[Path] = []
     files: list[Path] = []
     for entry in entries:
@@ -444,6 +461,11 @@ def _is_image(path: Path) -> bool:
 
 def _is_other_image(path: Path) -> bool:
     return OTHER_SUFFIX.fullmatch(path.suffix) is not None
+
+
+def _is_companion(path: Path) -> bool:
+    """Whether a file is what often lies beside images and is none."""
+    return path.suffix.lower() in COMPANION_SUFFIXES
 
 
 def _leads_to_folder(file: Path) -> bool:

@@ -5,6 +5,7 @@ Shapes: B images of H = W = `preprocessing.crop` pixels, N images in a data set.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from abe.data.datasets import LabelledImages, check_images
 from abe.data.transforms import Preprocessing, center_crop, pad_to_square, random_crop_and_flip
 from abe.errors import InputError
 from abe.ranks import Part, share
+from abe.runtime import available_memory
 
 
 class Batch(NamedTuple):
@@ -173,12 +175,16 @@ def cache_decoded(
         ReadingError: as `check_images`.
     """
     shape = (len(images), side, side, 3)
+    needed, free = math.prod(shape), available_memory()
     try:
+        if needed > free:  # the system promises more than it has
+            raise MemoryError
         squares = np.empty(shape, np.uint8)
     except MemoryError:
         raise InputError(
             f"data.cache: {len(images)} images of {side} x {side} pixels take "
-            f"{np.prod(shape, dtype=float) / 1e9:.0f} GB of memory: set data.cache=false"
+            f"{needed / 1e9:.3g} GB of memory, more than is free: set data.cache=false, or prepare "
+            "them once by `abe data prepare`"
         ) from None
 
     source = _padded(images)

@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from abe.data.datasets import (
 from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.errors import InputError
 from abe.progress import progress
-from abe.runtime import locked
+from abe.runtime import locked, require_outside
 
 VERSION = 1
 SQUARES, INDEX, MANIFEST = "squares.npy", "index.parquet", "prepared.json"
@@ -61,7 +62,8 @@ COLUMNS = {  # of the index
     "error": "string",
 }
 LINE_BYTES = 1024  # of disk space for each image beside its square: lines of journal and index
-FLUSHED = 256  # images that are done between two writes to the journal
+FLUSHED = 256  # images at most, and
+FLUSHED_SECONDS = 5.0  # time, that are between two writes to the journal
 GOES_ON = "what is done is kept, and the same command goes on with it"
 # Errors of a disk after which the same command may go on.
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
@@ -208,7 +210,7 @@ def prepare(
     """
     folder, source = Path(folder), Path(os.path.abspath(source))
     if source.is_dir():  # images of a CSV file may be anywhere
-        _require_outside(folder, images.paths)
+        require_outside(folder, Path(os.path.commonpath({path.parent for path in images.paths})))
     about = {
         "name": images.name,
         "class_names": list(images.class_names),
@@ -222,6 +224,10 @@ def prepare(
     try:
         if not os.path.exists(folder / MANIFEST) or os.path.exists(folder / JOURNAL):
             _prepare(images, listing, folder, skip_broken, console)
+    except KeyboardInterrupt:
+        if console is not None:
+            console.print(f"Stopped: {GOES_ON}")
+        raise
     except ReadingError as error:
         raise InputError(
             f"{printable(error.filename)} cannot be read: {error.strerror}; {GOES_ON}"
@@ -387,12 +393,6 @@ _LINE = TypeAdapter(  # of the journal: an index, and the entry
 )
 
 
-def _require_outside(folder: Path, paths: Sequence[Path]) -> None:
-    images = Path(os.path.commonpath({os.path.abspath(path.parent) for path in paths}))
-    if folder.resolve().is_relative_to(images.resolve()):
-        raise InputError(f"{folder} is in {images}: name a folder outside of it by --out")
-
-
 def _list(images: ImageFiles, split: np.ndarray | None, about: dict[str, Any]) -> Any:
     """The columns of the index that are known before an image is read; -> `pyarrow.Table`."""
     pa = _pyarrow()
@@ -509,6 +509,7 @@ class _Writer:
         self._first = first  # byte of the first square
         self._journal = journal
         self._lines: list[str] = []
+        self._flushed = time.monotonic()
         self._lock = threading.Lock()
 
     def prepare(self, index: int) -> None:
@@ -546,7 +547,8 @@ class _Writer:
             self._squares.write(square.data)
             self.entries[index] = entry
             self._lines.append(f"{json.dumps([index, *entry])}\n")
-            if len(self._lines) == FLUSHED:
+            waited = time.monotonic() - self._flushed
+            if len(self._lines) == FLUSHED or waited > FLUSHED_SECONDS:
                 self._flush()
         return entry
 
@@ -560,6 +562,7 @@ class _Writer:
         self._journal.write("".join(self._lines).encode())
         _sync(self._journal)
         self._lines.clear()
+        self._flushed = time.monotonic()
 
 
 def _read_journal(journal: BinaryIO) -> dict[int, _Entry]:

@@ -1,4 +1,4 @@
-"""GoogLeNet: the only file that knows its layer names, and where S ends and G begins.
+"""GoogLeNet: its layers by their names, and where S ends and G begins.
 
 `GOOGLENET` is Caffe's (BVLC) network, the one the authors trained and the only one whose layer
 shapes give the parameters and operations of the paper's Tables 1 and 8: real 5x5 convolutions,

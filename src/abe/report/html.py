@@ -27,13 +27,13 @@ from abe.data.datasets import LabelledImages
 from abe.data.splits import Splits, open_splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
+from abe.metrics import have_match
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
 from abe.report.pictures import (
     QUERIES,
     RESULTS,
     THUMBNAIL,
-    has_match,
     nearest_others,
     seen,
     spread,
@@ -70,7 +70,8 @@ def write_report(runs: Sequence[Path], output: Path, console: Console | None = N
 
     console.print("Opening the test images ...")
     splits = _open_splits(featured)
-    matched = _has_match(splits)
+    gallery = splits.gallery
+    matched = have_match(splits.test.labels, None if gallery is None else gallery.labels)
     queries = _choose_queries(featured, splits, matched)
     console.print("Drawing the report ...")
     page = _template().render(
@@ -120,12 +121,6 @@ def _open_splits(run: Run) -> Splits:
             f"{run.path} was tested on them: {advice}"
         )
     return splits
-
-
-def _has_match(splits: Splits) -> NDArray[np.bool_]:
-    """Whether a test image has any other of its class to be found; (N,)."""
-    gallery = splits.gallery
-    return has_match(splits.test.labels, None if gallery is None else gallery.labels)
 
 
 def _compared(featured: Run, runs: list[Run]) -> list[Run]:

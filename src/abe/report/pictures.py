@@ -17,6 +17,7 @@ from torch import Tensor
 from abe.data.datasets import LabelledImages
 from abe.data.loader import evaluation_batches
 from abe.data.transforms import Preprocessing
+from abe.metrics import have_match
 from abe.model.ensemble import AttentionEnsemble
 from abe.neighbors import nearest_neighbors
 from abe.ranks import Ranks, share
@@ -69,7 +70,7 @@ def some_neighbors(
     Returns:
         Nothing where no image has another of its class to be found.
     """
-    matched = has_match(images.labels, None if gallery is None else gallery.labels)
+    matched = have_match(images.labels, None if gallery is None else gallery.labels)
     queries = spread(np.flatnonzero(matched), QUERIES)
     if not queries:
         return {}
@@ -160,15 +161,6 @@ def nearest_others(
         [index for index in indices if index != query][:count]
         for query, indices in zip(queries, found, strict=True)
     ]
-
-
-def has_match(
-    labels: NDArray[np.int64], gallery_labels: NDArray[np.int64] | None
-) -> NDArray[np.bool_]:
-    """Whether an image has any other of its class to be found, in the gallery if any; (N,)."""
-    if gallery_labels is not None:
-        return np.isin(labels, gallery_labels)
-    return np.bincount(labels)[labels] > 1
 
 
 def spread(indices: NDArray[np.intp], count: int) -> list[int]:
