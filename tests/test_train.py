@@ -229,12 +229,20 @@ def test_learned_classes_are_not_taken_for_unseen_ones(photographed: dict[str, A
     for use in (Trainer.resume, evaluate_run):
         with pytest.raises(InputError, match="photos: images or classes were added, removed or re"):
             use(Path("run"))
+    others = evaluate_run(Path("run/checkpoints/step-00000001"), "photos")["data"]
+    assert (others["test_classes"], "stamps" in others) == (8, False)
+    for name in ("photos/class 4", "photos/class 5", "photos/class 6", "photos/class 7"):
+        shutil.rmtree(name)
+    for number in range(4):
+        shutil.rmtree(f"photos/a new class {number}")
     stamped = evaluate_run(Path("run/checkpoints/step-00000001"), "photos")
-    assert stamped["data"]["stamps"] == ["2 of 6 test classes were learned from"]
+    assert stamped["data"]["stamps"] == ["2 of 2 test classes were learned from"]
 
 
 def test_a_score_on_other_images_is_not_one_of_a_run_on_them(photographed: dict[str, Any]) -> None:
-    """And 4 classes are enough where nothing has to be held out."""
+    """All of its classes are tested, and 2 are enough."""
+    write_photographs(Path("few"), 2, prefix="other")
+    assert evaluate_run(Path("run"), "few")["data"]["test_classes"] == 2
     write_photographs(Path("others"), 4, prefix="other")
     record = evaluate_run(Path("run"), "others")
     assert record["config_digest"] == photographed["config_digest"]
@@ -242,7 +250,7 @@ def test_a_score_on_other_images_is_not_one_of_a_run_on_them(photographed: dict[
     assert "stamps" not in record["data"]
     own, data = photographed["data"], record["data"]
     assert (data["name"], data["trained_on"]) == ("others", "photos")
-    assert (data["test_images"], data["test_classes"]) == (8, 2)
+    assert (data["test_images"], data["test_classes"]) == (16, 4)
     assert (data["train_images"], data["train_classes"]) == (own["train_images"], 2)
 
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from abe.checkpoint import Best, Checkpoint, load_latest, load_selected
-from abe.config import Config
-from abe.data.datasets import LabelledImages
+from abe.config import Config, DataConfig, Protocol
+from abe.data.datasets import LabelledImages, Source
 from abe.data.loader import evaluation_batches
-from abe.data.splits import Splits, open_splits
+from abe.data.splits import Splits, open_images, open_splits, split_images, unseen
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.intervals import pack, pack_classes
@@ -358,7 +358,9 @@ def evaluate_run(
 
     Args:
         path: the run or the checkpoint.
-        data: other images to test on, split as the run's own are; None for the run's own.
+        data: other images to test on; None for the run's own. Of those that are not split
+            themselves all classes are tested that the run has not learned, by their names; the
+            run's own, in another place, are split as they were.
         root: where a benchmark was unpacked; None, without `data`, for where the run found it.
         allow_partial: go on with a part of a benchmark, given `data` or `root`; of the run's own
             images there may be as many as it was trained with.
@@ -387,10 +389,9 @@ def evaluate_run(
         if allow_partial:
             changed["allow_partial"] = True
         own = read_images(path)
-        # Nothing is selected: no class has to be held out for it.
-        protocol = "paper" if own else config.protocol
-        splits = open_splits(
-            config.data.model_copy(update=changed), protocol, check=ranks.first_here
+        other = config.data.model_copy(update=changed)
+        splits = _split_other_images(
+            open_images(other, check=ranks.first_here), other, config.protocol, own
         )
         facts = _facts_of_other_images(splits, own)
     ranks.require_same(images=splits.digest)
@@ -432,6 +433,30 @@ def _open_own_images(path: Path, config: Config, ranks: Ranks) -> Splits:
             f"named behind it, as in `{typed('eval', path, 'DATA')}`"
         ) from None
     return splits
+
+
+def _split_other_images(
+    source: Source, data: DataConfig, protocol: Protocol, own: dict[str, Any] | None
+) -> Splits:
+    """As `evaluate_run` says; where it is not known what the run learned, as its own were.
+
+    Args:
+        source: images that may be the run's own.
+        data: their configuration.
+        protocol: of the run.
+        own: images.json of the run; None if it is not known.
+    """
+    if own is None:
+        return split_images(source, data, protocol)
+    others = unseen(source, own["learned_classes"]) if source.split is None else None
+    try:
+        # Nothing is selected: no class has to be held out for it.
+        splits = split_images(source, data, "paper")
+    except InputError:
+        if others is None:
+            raise
+        return others
+    return splits if others is None or splits.digest == own["digest"] else others
 
 
 def _facts_of_other_images(splits: Splits, own: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -119,11 +119,7 @@ def open_splits(
     *,
     check: bool = True,
 ) -> Splits:
-    """Open the images that a configuration names and split them by class.
-
-    The classes held out but under "paper", 2 at least, are drawn once for a given number of
-    training classes, the same for every seed of a run, so that runs are selected by the same
-    images.
+    """Open the images that a configuration names and split them by class: see `split_images`.
 
     Args:
         config: which images, and how to split them.
@@ -136,7 +132,20 @@ def open_splits(
         InputError: no such data, a copy of a benchmark that is not complete, files that cannot be
             read, or too few classes to split.
     """
-    images, split, ks, stamps, skipped = open_images(config, console, check=check)
+    return split_images(open_images(config, console, check=check), config, protocol)
+
+
+def split_images(source: Source, config: DataConfig, protocol: Protocol) -> Splits:
+    """Split images by class, as they say themselves or else the first from the others.
+
+    The classes held out but under "paper", 2 at least, are drawn once for a given number of
+    training classes, the same for every seed of a run, so that runs are selected by the same
+    images.
+
+    Raises:
+        InputError: there are too few classes.
+    """
+    images, split, ks, stamps, skipped = source
     gallery = None
     if split is None:
         train, test = split_by_class(images, config.split_classes)
@@ -165,6 +174,23 @@ def open_splits(
         train=train.select(np.flatnonzero(~is_held_out)),
         select=train.select(np.flatnonzero(is_held_out)),
     )
+
+
+def unseen(source: Source, learned: Collection[str]) -> Splits | None:
+    """All classes as the test but those of some names; None if fewer than 2 are left.
+
+    Args:
+        source: images that are not split themselves.
+        learned: names of classes.
+    """
+    images = source.images
+    known = [name in learned for name in images.class_names]
+    rows = np.flatnonzero(~np.array(known)[images.labels])
+    if len(np.unique(images.labels[rows])) < 2:
+        return None
+    test, none = images.select(rows), images.select(rows[:0])
+    ks, stamps = tuple(source.ks or KS), tuple(source.stamps)
+    return Splits(images.name, none, test, test, source.skipped, None, ks, stamps)
 
 
 def open_images(
