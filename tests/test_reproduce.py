@@ -123,7 +123,7 @@ def test_arms_are_configurations_and_claims_are_of_arms(name: str, scale: str) -
 def test_every_row_of_ours_in_the_papers_tables_stands_beside_ours(name: str) -> None:
     experiment = EXPERIMENTS[name]
     assert experiment.table is not None
-    known = {arm.paper for arm in experiment.arms(8)}
+    known = {arm.paper for arm in experiment.arms(8)} - {None}  # M-heads of equal d are ours
     rows = {row["method"] for row in table_rows(experiment.table)}
     assert known <= rows
     if name != "fig4":
