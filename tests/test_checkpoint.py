@@ -454,21 +454,21 @@ def test_a_checkpoint_that_may_be_whole_is_not_set_aside(
     """A disk that does not answer, or permissions, say nothing of it."""
     for step in (1, 2):
         save(tmp_path, step=step)
-    opened, name = Path.open, f"{os.sep}step-00000002{os.sep}meta.json"
+    read, name = Path.read_bytes, f"{os.sep}step-00000002{os.sep}meta.json"
 
-    def refused(path: Path, *args: Any, **options: Any) -> Any:
+    def refused(path: Path) -> bytes:
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied")
-        return opened(path, *args, **options)
+        return read(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refused)
+        patch.setattr(Path, "read_bytes", refused)
         with pytest.raises(InputError, match=r"meta\.json cannot be read \(Perm.*see to its permi"):
             load_latest(tmp_path)
     assert load_latest(tmp_path).step == 2
     listdir = MagicMock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(os, "listdir", listdir)
-    with pytest.raises(PermissionError):
+    with pytest.raises(InputError, match=r"checkpoints cannot be read .*: see to its permiss"):
         checkpoints(tmp_path)
 
 

@@ -20,8 +20,8 @@ from PIL import Image
 from abe.data import benchmarks
 from abe.data.benchmarks import BENCHMARKS, Benchmark, Count
 from abe.data.download import get, unpack
-from abe.download import RemoteFile, fetch
-from abe.errors import InputError
+from abe.download import RemoteFile, fetch, waiting_for
+from abe.errors import InputError, TakenError
 from abe.runtime import locked
 
 
@@ -118,6 +118,25 @@ def test_of_several_processes_one_fetches(tmp_path, monkeypatch, capsys):
             path.write_bytes(b"fetched")
         assert waiting.result(timeout=60) == path
     assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_lock_that_was_removed_keeps_nobody_out(tmp_path, monkeypatch):
+    """Who had opened it before that would share the file with nobody: it looks again."""
+    lock, opened = tmp_path / ".weights.bin.lock", Path.open
+    removed = []
+
+    def open_then_lose(path, *args, **options):
+        file = opened(path, *args, **options)
+        if path == lock and not removed:
+            removed.append(lock.unlink())
+        return file
+
+    monkeypatch.setattr(Path, "open", open_then_lose)
+    with waiting_for(tmp_path / "weights.bin"):
+        assert lock.exists()
+        with pytest.raises(TakenError), locked(lock, "taken"):
+            pass
+    assert removed == [None]
 
 
 def test_get_goes_on_with_an_unpacking_that_stopped(products, server, tmp_path):

@@ -221,7 +221,9 @@ def test_a_class_with_a_single_image_is_told(photos: Path) -> None:
     some = source.images.select(np.arange(21))
     with (
         mock.patch("abe.data.splits.open_source", return_value=source._replace(images=some)),
-        pytest.raises(InputError, match=r"photos has classes with a single image \(1 of 2\).*\n1$"),
+        pytest.raises(
+            InputError, match=r"photos has classes with a single image \(1 of 2\).*\nclass 1$"
+        ),
     ):
         open_classes(configured(photos))
 
@@ -254,6 +256,12 @@ def test_settings_that_cannot_be(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_is_not_made_among_its_images(photos: Path) -> None:
+    with pytest.raises(InputError, match=r"is in .*, the images: name a folder outside of it"):
+        Pretrainer(configured(photos), photos / "start", SILENT)
+    assert not (photos / "start").exists()
+
+
 def test_a_start_that_is_there_is_left(photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "googlenet-photos.safetensors"
     file.touch()
@@ -280,6 +288,18 @@ def test_one_process_at_a_time(photos: Path, tmp_path: Path, stop_after: object)
         second.fit()
     with pytest.raises(InputError, match=f"^{tmp_path} holds a start that was begun: go on with"):
         Pretrainer(configured(photos), tmp_path, SILENT)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_an_image_that_can_no_longer_be_read_is_told_with_how_to_go_on(
+    number: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrainer = Pretrainer(configured(photos), tmp_path / "start", SILENT)
+    gone = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+    monkeypatch.setattr(Image, "open", gone)
+    told = r"class .*\.png: .*, see to it; to go on: abe pretrain --resume .*start$"
+    with pytest.raises(InputError, match=told):
+        pretrainer.fit()
 
 
 def test_a_disk_that_is_full_is_told_with_how_to_go_on(photos: Path, tmp_path: Path) -> None:

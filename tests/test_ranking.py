@@ -11,8 +11,10 @@ from helpers import EMBEDDINGS, UNIT, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abe.distances import Bounds, sides
 from abe.errors import InputError
 from abe.ranking import match_ranks
+from abe.shards import Shards
 
 
 def oracle(query, query_classes, gallery, gallery_classes, limit, of=None):
@@ -135,6 +137,19 @@ def test_the_precision_that_is_set_outside_changes_nothing(monkeypatch):
         assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("fast_bfloat16")
+def test_the_precision_of_who_takes_blocks_is_left_to_him():
+    """Between two of them, other products are as precise as was set for them."""
+    matmul, embeddings = torch.backends.mkldnn.matmul, normal(300, 40)
+    before = matmul.fp32_precision
+    shards = Shards(embeddings, None)
+    classes = torch.arange(300)
+    for side, other in sides(shards, classes, shards, classes):
+        bounds = Bounds(side, other, 300 * 300)
+        bounds.closeness(slice(0, 300), slice(0, 300))
+        assert matmul.fp32_precision == before
 
 
 def test_a_query_without_a_match_has_the_limit():

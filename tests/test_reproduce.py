@@ -843,8 +843,12 @@ def test_a_table_is_of_all_seeds_and_rates_that_there_are(planned: Reproduction)
     row, _ = csv.DictReader(values.read_text().splitlines())
     assert (row["seeds"], row["rate"], row["rates tried"]) == ("3", "0.01", "2")
     assert f"{first}: its rate is the lowest of 0.01, 0.3" in table.read_text()
-    other = planned.scale.base.with_overrides(["model.embedding_dim=16"])
-    planned.scale = replace(planned.scale, base=other.with_overrides(["train.margin=0.9"]))
+    planned.scale = replace(planned.scale, rates=(0.7,))  # of which there is no line
+    _, values, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    row, _ = csv.DictReader(values.read_text().splitlines())
+    assert row["seeds"] == "3"
+    other = planned.scale.base.with_overrides(["train.margin=0.9"])
+    planned.scale = replace(planned.scale, base=other)
     table, *_ = planned.write("table2", EXPERIMENTS["table2"])
     assert f"| {first} |  |" in table.read_text()  # of another margin
 
@@ -871,8 +875,8 @@ def test_reservations_are_told_of_each_claim() -> None:
     lines = results_page([*better, *worse]).splitlines()
     (told,) = [x for x in lines if x.startswith(f"| {claim} |") and "**" in x]
     assert (
-        f"| {arms[0].name}: not tried at 0.003; {arms[1].name}: the start itself was picked in 2 "
-        "of 3, not tried at 0.003 |"
+        f"| {arms[0].name}: no run at 0.003; {arms[1].name}: the start itself was picked in 2 "
+        "of 3, no run at 0.003 |"
     ) in told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import resource
@@ -31,6 +32,7 @@ from abe.runtime import (
     StopSignal,
     append_json_line,
     autocast,
+    available_memory,
     bfloat16_is_faster,
     choose_device,
     choose_precision,
@@ -515,3 +517,27 @@ print((resident() - before) / held)
 
     assert left("kept") > 0.8
     assert left("given back") < 0.2
+
+
+def test_the_memory_that_is_free(tmp_path: Path) -> None:
+    """Of the machine, or what the limit of a container leaves, files in memory not counted."""
+
+    assert available_memory(tmp_path) == math.inf
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    8 kB\n")
+    assert available_memory(tmp_path) == 8192
+    group = "sys/fs/cgroup"
+    (tmp_path / group).mkdir(parents=True)
+    (tmp_path / group / "memory.max").write_text("max\n")
+    (tmp_path / group / "memory.current").write_text("700\n")
+    (tmp_path / group / "memory.stat").write_text("anon 1\nactive_file 90\ninactive_file 10\n")
+    assert available_memory(tmp_path) == 8192
+    (tmp_path / group / "memory.max").write_text("1000\n")
+    assert available_memory(tmp_path) == 400
+    first = tmp_path / group / "memory"
+    first.mkdir()
+    (first / "memory.limit_in_bytes").write_text("500\n")
+    (first / "memory.usage_in_bytes").write_text("450\n")
+    (first / "memory.stat").write_text("total_active_file 20\ntotal_inactive_file 30\n")
+    assert available_memory(tmp_path) == 100
+    assert 0 < available_memory() < 2**50

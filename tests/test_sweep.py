@@ -242,6 +242,13 @@ def test_another_sweep_in_the_folder(
         run_sweep(**{"base": SMALL, "folder": tmp_path, "console": SILENT, **change})
 
 
+def test_a_sweep_is_not_made_among_its_images(tmp_path: Path) -> None:
+    base = SMALL.with_overrides([f"data.source={tmp_path}"])
+    with pytest.raises(InputError, match=r"is in .*, the images: name a folder outside of it"):
+        run_sweep(base, tmp_path / "sweep", SILENT)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_and_how_fast_may_change(quick: None, tmp_path: Path) -> None:
     run_sweep(SMALL, tmp_path, SILENT, trials=1)
     base = SMALL.with_overrides(["data.workers=1", "tracking=tensorboard"])

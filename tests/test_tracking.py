@@ -388,6 +388,22 @@ def test_what_a_kill_kept_from_a_tracker_is_sent_later(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_run_that_is_done_is_sent_what_its_last_checkpoint_could_not(
+    name: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with open_tracking(run, config_of(name), None) as tracking:
+        tell(tracking, run, 0, recall_at_1=0.5)
+        tracking.saved(0)
+        tell(tracking, run, 1, loss=1)
+        tell(tracking, run, 2, loss=2)
+    with open_tracking(run, config_of(name), 2):
+        pass
+    assert_same(scalars_of(name, run), logged(run))
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_what_was_sent_is_not_sent_again(name: str, tmp_path: Path) -> None:
     """The newest checkpoint was damaged: the run goes on from the one before it."""
     run = tmp_path / "run"

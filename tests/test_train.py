@@ -182,15 +182,24 @@ def test_a_run_finds_its_images_from_any_folder(
 
 
 def test_a_run_goes_on_with_images_that_were_moved(photographed: dict[str, Any]) -> None:
-    Path("photos").rename("elsewhere")
-    told = r"images of run cannot be opened: .*photos: there is no .* --set data\.source=FOLDER$"
+    Path("elsewhere").mkdir()
+    Path("photos").rename("elsewhere/photos")
+    told = r"images of run are not where they were: .*photos: there is no .* --set data\.source=FO"
     with pytest.raises(InputError, match=told):
         Trainer.resume(Path("run"), SILENT)
-    moved = "data.source=elsewhere"
-    assert Trainer.resume(Path("run"), SILENT, overrides=[moved]).step == 1
-    write_photographs(Path("elsewhere"), 4, prefix="a new class")
-    with pytest.raises(InputError, match="elsewhere: images or classes were added, removed or ren"):
+    moved = "data.source=elsewhere/photos"
+    resumed = Trainer.resume(Path("run"), SILENT, overrides=[moved])
+    record = resumed.fit()
+    assert record is not None
+    assert record["config_digest"] == photographed["config_digest"]
+    assert record["scores"] == photographed["scores"]
+    write_photographs(Path("elsewhere/photos"), 4, prefix="a new class")
+    told = "photos: images or classes were added, removed or renamed"
+    with pytest.raises(InputError, match=told):
         Trainer.resume(Path("run"), SILENT, overrides=[moved])
+    others = Trainer(tiny(f"{moved}", "train.steps=1"), Path("others"), SILENT).splits
+    with pytest.raises(InputError, match=told):
+        Trainer.resume(Path("run"), SILENT, splits=others)
 
 
 def test_a_run_is_not_made_among_its_images(
@@ -218,7 +227,9 @@ def test_an_image_that_can_no_longer_be_read_ends_a_run_that_can_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_then_lose)
-        with pytest.raises(InputError, match=r"it could be read before; .*, to go on: abe train"):
+        with pytest.raises(
+            InputError, match=r"^photos/class .*png: .*, see to it; to go on: abe t"
+        ):
             trainer.fit()
     assert Trainer.resume(Path("another"), SILENT).fit() is not None
 

@@ -38,7 +38,6 @@ from abe.model.ensemble import AttentionEnsemble
 from abe.runtime import (
     flush,
     make_folder,
-    read_json,
     resume_command,
     typed,
     write_json,
@@ -213,12 +212,18 @@ def save_checkpoint(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; or the only one, aside when a kill came."""
+    """The checkpoint folders of a run, oldest first; or the only one, aside when a kill came.
+
+    Raises:
+        InputError: their folder cannot be read.
+    """
     folder = run / "checkpoints"
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): {_SEE_TO}") from None
     found = [folder / name for name in names if name.startswith("step-")]
     return found or [folder / name for name in names if name == _REPLACED]
 
@@ -354,16 +359,16 @@ def _name(step: int) -> str:
 
 def _read_meta(path: Path) -> _Meta:
     try:
-        path.open("rb").close()
+        values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         missing = f"{path.parent} is no checkpoint: {path.name} is missing"
         raise DamagedCheckpointError(missing) from None
     except OSError as error:  # it may be whole all the same
         raise InputError(f"{path} cannot be read ({error.strerror}): {_SEE_TO}") from None
-    try:
-        values = read_json(path)
-    except InputError as error:
-        raise DamagedCheckpointError(f"{error}: {_ADVICE}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}: {_ADVICE}") from None
+    if not isinstance(values, dict):
+        raise DamagedCheckpointError(f"{path} is no JSON object: {_ADVICE}")
     if values.get("format") == 1:
         values = _from_format_1(values)
     format = values.get("format")

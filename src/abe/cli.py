@@ -105,7 +105,8 @@ OtherSource = Annotated[
     str | None,
     typer.Argument(
         metavar="DATA",
-        help="Other images to score, split as the run's were. Default: the run's.",
+        help="Other images to score: all classes that the run has not learned, or the test of "
+        "their own split. Default: the run's.",
     ),
 ]
 Device = Annotated[

@@ -359,8 +359,9 @@ def evaluate_run(
     Args:
         path: the run or the checkpoint.
         data: other images to test on; None for the run's own. Of those that are not split
-            themselves all classes are tested that the run has not learned, by their names; the
-            run's own, in another place, are split as they were.
+            themselves all classes are tested that the run has not learned, by their names, or if
+            there are fewer than 2 such, half of all, with a stamp; the run's own, in another
+            place, are split as they were.
         root: where a benchmark was unpacked; None, without `data`, for where the run found it.
         allow_partial: go on with a part of a benchmark, given `data` or `root`; of the run's own
             images there may be as many as it was trained with.
@@ -448,7 +449,7 @@ def _split_other_images(
     """
     if own is None:
         return split_images(source, data, protocol)
-    others = unseen(source, own["learned_classes"]) if source.split is None else None
+    others = unseen(source, set(own["learned_classes"])) if source.split is None else None
     try:
         # Nothing is selected: no class has to be held out for it.
         splits = split_images(source, data, "paper")

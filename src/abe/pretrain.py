@@ -26,7 +26,7 @@ from torch import Tensor
 from abe.checkpoint import load_optimizer, training_tensors
 from abe.config import PretrainConfig
 from abe.data.classes import open_classes
-from abe.data.decode import printable
+from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import EpochBatchSampler
 from abe.data.transforms import Preprocessing
@@ -194,8 +194,8 @@ class Pretrainer:
 
         Raises:
             DivergedError: the loss is not finite.
-            InputError: a file cannot be written; or another process works in the folder, or has
-                gone on there since this was made.
+            InputError: a file cannot be written, or an image no longer read; or another process
+                works in the folder, or has gone on there since this was made.
         """
         with alone(self.folder):
             there = (self.folder / CHECKPOINT).exists()
@@ -205,9 +205,14 @@ class Pretrainer:
                     f"`{self._go_on}`"
                 )
             self._begin()
-            if not self._train():
-                return None
-            self._finish()
+            try:
+                if not self._train():
+                    return None
+                self._finish()
+            except (BrokenImageError, ReadingError) as error:
+                raise InputError(
+                    f"{error}: it could be read before, see to it; to go on: {self._go_on}"
+                ) from None
             return self.file
 
     @property

@@ -209,7 +209,7 @@ class Reproduction:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
         runs = self.plan(experiment)
-        records = self._runs_of_arms(experiment, runs)
+        records = self._runs_of_arms(experiment)
         baselines: dict[str, Arm] = {}
         for record in filter(is_baseline, self._records()):
             if record["config_digest"] == self._of_baselines.digest:
@@ -307,18 +307,21 @@ class Reproduction:
         seconds = statistics.median([step() for _ in range(4)][1:])
         return 6 * count_macs(model, side) * images / 1e9 / seconds
 
-    def _runs_of_arms(
-        self, experiment: Experiment, runs: Sequence[Run]
-    ) -> dict[str, list[dict[str, Any]]]:
+    def _runs_of_arms(self, experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
         """The records of each arm, of seeds and rates beyond the plan too."""
-        planned = {run.digest for run in runs}  # of this start, whatever its file is called
         by_key = {
             key: own
             for group in by_images_and_start(self._records())
-            if any(run["config_digest"] in planned for own in group.values() for run in own)
+            if self._has_this_start(next(iter(group.values()))[0])
             for key, own in group.items()
         }
         return runs_of_arms(experiment, self.scale, by_key, self._classes)
+
+    def _has_this_start(self, record: dict[str, Any]) -> bool:
+        """Whether a run began with the weights of these: its digest is of their bytes, too."""
+        config = Config.from_json(record["config"])
+        model = config.model.model_copy(update={"weights": self.scale.base.model.weights})
+        return config.model_copy(update={"model": model}).digest == record["config_digest"]
 
     def _reservations(
         self, experiment: Experiment, rows: Sequence[Row], diverged: Mapping[str, Collection[float]]

@@ -41,7 +41,8 @@ def alone(run: Path) -> AbstractContextManager[object]:
 
 def require_outside_images(folder: Path, data: DataConfig) -> None:
     """Raises InputError if a folder to write is in that of the images."""
-    if data.root is None and (images := Path(data.source)).is_dir():
+    images = Path(data.source).expanduser()
+    if data.root is None and data.source != "synthetic" and images.is_dir():
         require_outside(folder, images)
 
 

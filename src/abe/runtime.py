@@ -375,18 +375,39 @@ def require_outside(folder: Path, images: Path) -> None:
         raise InputError(f"{folder} is in {images}, the images: name a folder outside of it")
 
 
-def available_memory() -> float:
-    """Bytes that a process can take without swapping; infinity where the system does not say."""
-    free = math.inf
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = 1024 * int(line.split()[1])
-    group = Path("/sys/fs/cgroup")  # of a container, that of its own
-    with contextlib.suppress(OSError, ValueError):  # no limit is "max"
-        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
-        free = min(free, limit - used)
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes that can be taken without swapping; infinity where the system does not say.
+
+    Of a container, what its limit leaves: files that the system keeps in memory give way. Limits of
+    groups within groups are not seen.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    free, groups = math.inf, root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        free = 1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]
+    versions = (
+        (groups, "memory.max", "memory.current", ("active_file", "inactive_file")),
+        (
+            groups / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_active_file", "total_inactive_file"),
+        ),
+    )
+    for folder, limit, used, files in versions:
+        with contextlib.suppress(OSError, LookupError, ValueError):  # no limit is "max"
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            kept = _numbers(folder / "memory.stat")
+            free = min(free, most - now + sum(kept[name] for name in files))
     return free
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of each line, by the word before it."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {name: int(number) for name, number, *_ in lines}
 
 
 def seconds_of(text: str, option: str) -> float:

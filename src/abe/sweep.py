@@ -118,7 +118,8 @@ def run_sweep(
             "leave --set protocol=val"
         )
     base = base.anchored()
-    require_outside_images(folder, base.data)
+    if not (folder / SWEEP).exists():
+        require_outside_images(folder, base.data)
     space = search_space(base, keys)
     make_folder(folder)
     with locked(folder / LOCK, f"{folder} is swept by another process: wait for it"):

@@ -122,12 +122,12 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         splits: Splits | None = None,
     ) -> None:
-        self.config = config.anchored()
         self.run = run
-        self.tracking = Tracking({})
-        require_packages(config.tracking)
         if checkpoint is None:
             require_outside_images(run, config.data)
+        self.config = config.anchored()
+        self.tracking = Tracking({})
+        require_packages(config.tracking)
         self.ranks = Ranks(config.device, config.ranks_timeout)
         self.ranks.require_same(resumed=checkpoint is not None)
         if checkpoint is not None:
@@ -154,7 +154,11 @@ class Trainer:
         _require_no_batch_statistics(self.start.model, self.ranks, config.train)
         if config.train.activation_checkpointing:
             self.start.model.checkpoint_activations()
-        self.splits = splits or self._open_splits(config, begun=checkpoint is not None)
+        if splits is None:
+            splits = self._open_splits(config, begun=checkpoint is not None)
+        self.splits = splits
+        if checkpoint is not None:
+            require_same_images(run, self.splits)
         self.ranks.require_same(settings=config.digest, images=self.splits.digest)
         self.config = self._with_batches_that_fit()
         self.sampler = _sampler(self.config, self.splits.train.labels)
@@ -178,21 +182,17 @@ class Trainer:
             self._restore(checkpoint)
 
     def _open_splits(self, config: Config, *, begun: bool) -> Splits:
+        data = config.data
         try:
-            splits = open_splits(
-                config.data, config.protocol, self.console, check=self.ranks.first_here
-            )
-            if begun:
-                require_same_images(self.run, splits)
+            return open_splits(data, config.protocol, self.console, check=self.ranks.first_here)
         except InputError as error:
-            if not begun:
+            if not begun or Path(data.root or data.source).exists():
                 raise
-            key = "data.source" if config.data.root is None else "data.root"
+            key = "data.source" if data.root is None else "data.root"
             raise InputError(
-                f"the images of {self.run} cannot be opened: {error}; where they are now is told "
-                f"by --set {key}=FOLDER"
+                f"the images of {self.run} are not where they were: {error}; if a folder of this "
+                f"name is elsewhere now, give it by --set {key}=FOLDER"
             ) from None
-        return splits
 
     def _choose_precision(self, checkpoint: Checkpoint | None) -> Precision:
         """The same on all ranks, and on a device the same after an interruption as before it."""
@@ -232,9 +232,7 @@ class Trainer:
         """
         checkpoint = load_latest(run)
         config = checkpoint.config.on_device(device).with_overrides(overrides)
-        moved = config.data.model_copy(update={"source": checkpoint.config.data.source})
-        as_before = config.model_copy(update={"data": moved})  # its images have a digest
-        if as_before.portable() != checkpoint.config.portable():
+        if config.portable() != checkpoint.config.portable():
             raise InputError(
                 f"{run} goes on as it was started: give only what changes no result, such as "
                 "data.workers, train.chunk_size, ranks_timeout or tracking"
@@ -318,7 +316,7 @@ class Trainer:
             raise InputError(f"{error}; {self._saved(go_on)}") from None
         except (BrokenImageError, ReadingError) as error:
             raise InputError(
-                f"{error}: it could be read before; see to it, {self._saved(go_on)}"
+                f"{error}: it could be read before, see to it; {self._saved(go_on)}"
             ) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

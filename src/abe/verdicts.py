@@ -119,7 +119,7 @@ class Row:
             end = "lowest" if chosen == rates[0] else "highest"
             notes.append(f"its rate is the {end} of {', '.join(f'{each:g}' for each in rates)}")
         if untried := sorted({*planned} - {*rates}):
-            notes.append(f"not tried at {', '.join(f'{each:g}' for each in untried)}")
+            notes.append(f"no run at {', '.join(f'{each:g}' for each in untried)}")
         return notes
 
 
@@ -178,8 +178,9 @@ def counts(record: dict[str, Any]) -> bool:
     """
     if "hits@1" not in record["scores"]:
         return False
-    config = Config.from_json(record["config"])
-    return is_baseline(record) or record["method"] == method_name(config)
+    name = method_name(Config.from_json(record["config"]))
+    known = name, name.removesuffix(" with divergence")  # early versions did not say it
+    return is_baseline(record) or record["method"] in known
 
 
 def _pair(record: dict[str, Any]) -> tuple[int, str]:
@@ -633,21 +634,23 @@ _PAGE_HEAD = """# Results
 
 Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/results.md`, and from
 nothing else. A claim is the paper's, of its own images and setting, but for those of `losses`,
-`protocol`, `width` and of the balanced loss in `fig7c`, which are ours; the figures are ours, of
-the setting in the same line: the difference of the two means in points of Recall@1, with its 95 %
-interval over classes and seeds in pairs, or of learners' recall, cosines and what test images pick
-over seeds, by Student's t. Shown: all of the interval is above 0, or for what is said to be similar
-or not above, within 1 point (cosines: 0.02). Refuted: all of it is on the other side. Fewer than 3
-seeds leave a claim open. A run that diverges leaves no line: rates are chosen among those that did
-not. Each verdict is by itself: of 40 claims of things that do not differ, one would be shown by
-chance, and another refuted. The bootstrap over classes and seeds stands behind; of 3 seeds it is
-too narrow where seeds decide, and decides nothing. Runs in pairs have the same seed, and where only
-the network or the loss differs the same batches, but not always the same device and precision: the
-last column names these, docs/protocol.md tells how far they set runs apart. "The paper's" is the
-difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB, else the
-last that the table has, mostly CARS-196; of which network, if of one with more learners than ours.
-What a claim that was not run needs is `small`'s command; `--scale full --root FOLDER`, without
-`--data`, is the paper's own setting."""
+`protocol`, `width`, of the balanced loss in `fig7c` and of M-heads of equal d, which are ours; the
+figures are ours, of the setting in the same line: the difference of the two means in points of
+Recall@1, with its 95 % interval over classes and seeds in pairs, or of learners' recall, cosines
+and what test images pick over seeds, by Student's t. Shown: all of the interval is above 0, or for
+what is said to be similar or not above, within 1 point (cosines: 0.02). Refuted: all of it is on
+the other side. Fewer than 3 seeds leave a claim open. A run that diverges leaves no line: rates are
+chosen among those that did not. Each verdict is by itself: of 40 claims of things that do not
+differ, one would be shown by chance, and another refuted. The bootstrap over classes and seeds
+stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in pairs
+have the same seed, and where only the network or the loss differs the same batches, but not always
+the same device and precision: the last column names these, docs/protocol.md tells how far they set
+runs apart. "The paper's" is the difference in its own table, in points, on its own images:
+CUB-200-2011 beside ours of CUB, else the last that the table has, mostly CARS-196; of which
+network, if of one with more learners than ours. Reservations say why a row may do better than its
+figure: in some of its runs held-out classes picked the network before its first step, its rate is
+at an end of those tried, or there is no run at some that were meant to be tried. A claim that was
+not run names the command that it needs."""
 _CLAIMS_HEAD = (
     "| claim | the paper's | setting | difference | verdict | reservations | runs |\n"
     "|---|--:|---|---|---|---|---|"
@@ -734,8 +737,8 @@ class _Told:
     def compared(self) -> _Compared:
         """What it is about: claims of differently named arms may be of the same runs."""
         claim = self.claim
-        digests = tuple(run["config_digest"] for run in self.runs)
-        return claim.relation, claim.quantity, claim.against, self.setting, digests
+        runs = tuple((run["config_digest"], run["images_digest"]) for run in self.runs)
+        return claim.relation, claim.quantity, claim.against, self.setting, runs
 
     @property
     def line(self) -> str:
@@ -744,7 +747,7 @@ class _Told:
         return f"| {' | '.join((*cells, self.doubts, _stamps(self.runs)))} |"
 
 
-_Compared = tuple[str, Quantity, Quantity | None, str, tuple[str, ...]]
+_Compared = tuple[str, Quantity, Quantity | None, str, tuple[tuple[str, str], ...]]
 
 
 def _has_images_of(experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
@@ -860,6 +863,6 @@ def _stamps(records: Sequence[dict[str, Any]]) -> str:
     """Which configurations, code, images, devices and precisions figures are from."""
     digests = " ".join(dict.fromkeys(f"`{record['config_digest']}`" for record in records))
     commits = ", ".join(dict.fromkeys(str(r["environment"]["commit"]) for r in records))
-    images = ", ".join(dict.fromkeys(str(r.get("images_digest")) for r in records))
+    images = ", ".join(dict.fromkeys(str(r["images_digest"]) for r in records))
     devices = ", ".join(dict.fromkeys(map(_device, records)))
     return f"{digests}; code {commits}; images {images}; {devices}"

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from abe.config import PretrainConfig
-from abe.data.datasets import LabelledImages, named
+from abe.data.datasets import LabelledImages
 from abe.data.decode import printable
 from abe.data.splits import images_digest, open_images
 from abe.errors import InputError
@@ -68,8 +68,8 @@ def open_classes(config: PretrainConfig, console: Console | None = None) -> Clas
     if singles := [images.class_names[label] for label in labels[sizes == 1]]:
         raise InputError(
             f"{printable(images.name)} has classes with a single image ({len(singles)} of "
-            f"{len(labels)}), of which none is left to learn from where one is held out: add one "
-            f"or leave the class out: {named(singles)}"
+            f"{len(labels)}), of which none is left to learn from where one is held out; add one "
+            "to each, or leave them out:\n" + "\n".join(map(printable, singles))
         )
     rng = np.random.default_rng(config.seed)
     of_class = np.split(np.argsort(of_image, kind="stable"), np.cumsum(sizes)[:-1])

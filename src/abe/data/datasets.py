@@ -22,11 +22,9 @@ from abe.data.transforms import pad_to_square
 from abe.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-COMPANION_SUFFIXES = {".csv", ".db", ".html", ".ini", ".json", ".mat", ".md", ".tsv", ".txt"} | {
-    ".xml",
-    ".yaml",
-    ".yml",
-}  # of what often lies beside images
+COMPANION_SUFFIX = re.compile(  # of what often lies beside images
+    r"\.(csv|db|html|ini|json|mat|md|tsv|txt|xml|yaml|yml)", re.IGNORECASE
+)
 OTHER_SUFFIX = re.compile(  # of images that are not read
     r"\.(apng|arw|avif|cr2|cr3|dib|dng|eps|exr|hdr|heic|heif|ico|j2k|jp2|jpe|jpx|jxl|jxr|nef|nrw|"
     r"orf|pbm|pcx|pef|pgm|pnm|ppm|psd|qoi|raf|raw|rw2|srw|svg|tga|xcf)",
@@ -167,7 +165,7 @@ def open_dataset(spec: str | Path) -> tuple[ImageFiles, np.ndarray | None]:
         InputError: there is no such thing, it is neither, it has fewer than 2 classes or one with a
             single image, or what the two functions object to.
     """
-    path = Path(spec).expanduser()
+    path = Path(spec)
     split = None
     if path.is_dir():
         images = image_folder(path)
@@ -465,7 +463,7 @@ def _is_other_image(path: Path) -> bool:
 
 def _is_companion(path: Path) -> bool:
     """Whether a file is what often lies beside images and is none."""
-    return path.suffix.lower() in COMPANION_SUFFIXES
+    return COMPANION_SUFFIX.fullmatch(path.suffix) is not None
 
 
 def _leads_to_folder(file: Path) -> bool:

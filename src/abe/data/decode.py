@@ -62,6 +62,9 @@ class BrokenImageError(InputError):
 class ReadingError(OSError):
     """A file cannot be read for a reason that says nothing of it and may pass."""
 
+    def __str__(self) -> str:
+        return f"{printable(self.filename)}: {self.strerror}"
+
 
 def printable(text: object) -> str:
     r"""What a terminal would obey or cannot show, escaped: a line break is "\n"."""

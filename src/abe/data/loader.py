@@ -183,8 +183,8 @@ def cache_decoded(
     except MemoryError:
         raise InputError(
             f"data.cache: {len(images)} images of {side} x {side} pixels take "
-            f"{needed / 1e9:.3g} GB of memory, more than is free: set data.cache=false, or prepare "
-            "them once by `abe data prepare`"
+            f"{needed / 1e9:,.1f} GB of memory, more than is free: set data.cache=false, or "
+            "prepare them once by `abe data prepare`"
         ) from None
 
     source = _padded(images)

@@ -230,9 +230,10 @@ def open_source(config: DataConfig) -> Source:
         return Source(SyntheticVehicles(*size, size=config.resize))
     if copy := _benchmark(config):
         return Source(copy.images, copy.split, copy.benchmark.ks, copy.stamps)
-    if is_prepared(config.source):
-        return open_prepared(config.source, config.resize)
-    return Source(*open_dataset(config.source))
+    source = os.path.expanduser(config.source)
+    if is_prepared(source):
+        return open_prepared(source, config.resize)
+    return Source(*open_dataset(source))
 
 
 def _benchmark(config: DataConfig) -> Copy | None:
