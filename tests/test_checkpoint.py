@@ -466,8 +466,8 @@ def test_a_checkpoint_that_may_be_whole_is_not_set_aside(
         with pytest.raises(InputError, match=r"meta\.json cannot be read \(Perm.*see to its permi"):
             load_latest(tmp_path)
     assert load_latest(tmp_path).step == 2
-    listdir = MagicMock(side_effect=PermissionError(13, "Permission denied"))
-    monkeypatch.setattr(os, "listdir", listdir)
+    scandir = MagicMock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(InputError, match=r"checkpoints cannot be read .*: see to its permiss"):
         checkpoints(tmp_path)
 

@@ -307,7 +307,8 @@ def test_a_damaged_checkpoint_is_warned_of_and_the_one_before_taken(
         warnings.simplefilter("default")
         assert abe_here("train", "--resume", str(run), "--results", "resumed.jsonl") == 0
     said = capsys.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("warning: ")]
+    line, left_out = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert left_out == "warning: photos has images that cannot be read (1 of 33), and are left out:"
     assert line.endswith("; taking the checkpoint before it")
     assert "UserWarning" not in said
     assert newest.read_bytes() == whole

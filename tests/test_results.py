@@ -408,7 +408,7 @@ def test_the_title_of_a_table_is_true_of_all_of_its_rows() -> None:
             (
                 "val",
                 "1000 steps from random weights, of 64 images at 224",
-                ["raw pixels", "ABE-2^512", "2-heads^512"],
+                ["raw pixels", "ABE-2^512", "2-heads^512 with divergence"],
             ),
             (
                 "val",

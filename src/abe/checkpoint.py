@@ -219,7 +219,8 @@ def checkpoints(run: Path) -> list[Path]:
     """
     folder = run / "checkpoints"
     try:
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
