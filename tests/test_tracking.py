@@ -371,16 +371,21 @@ def test_an_attempt_without_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     assert not (run / "wandb").exists()
 
 
-@pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_what_a_kill_kept_from_a_tracker_is_sent_later(name: str, tmp_path: Path) -> None:
-    """The checkpoint of step 2 was written, and nothing was sent after that."""
-    run = tmp_path / "run"
+def leave_untold(name: str, run: Path) -> None:
+    """A run of 2 steps whose tracker was sent what there was before the first."""
     run.mkdir()
     with open_tracking(run, config_of(name), None) as tracking:
         tell(tracking, run, 0, recall_at_1=0.5)
         tracking.saved(0)
         tell(tracking, run, 1, loss=1)
         tell(tracking, run, 2, loss=2)
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_what_a_kill_kept_from_a_tracker_is_sent_later(name: str, tmp_path: Path) -> None:
+    """The checkpoint of step 2 was written, and nothing was sent after that."""
+    run = tmp_path / "run"
+    leave_untold(name, run)
     with open_tracking(run, config_of(name), 2) as tracking:
         tell(tracking, run, 3, loss=3)
         tracking.saved(3)
@@ -392,12 +397,7 @@ def test_a_run_that_is_done_is_sent_what_its_last_checkpoint_could_not(
     name: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    with open_tracking(run, config_of(name), None) as tracking:
-        tell(tracking, run, 0, recall_at_1=0.5)
-        tracking.saved(0)
-        tell(tracking, run, 1, loss=1)
-        tell(tracking, run, 2, loss=2)
+    leave_untold(name, run)
     with open_tracking(run, config_of(name), 2):
         pass
     assert_same(scalars_of(name, run), logged(run))

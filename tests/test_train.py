@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_images_that_were_moved(photographed: dict[str, Any])
     told = "photos: images or classes were added, removed or renamed"
     with pytest.raises(InputError, match=told):
         Trainer.resume(Path("run"), SILENT, overrides=[moved])
-    others = Trainer(tiny(f"{moved}", "train.steps=1"), Path("others"), SILENT).splits
+    others = Trainer(tiny(moved, "train.steps=1"), Path("others"), SILENT).splits
     with pytest.raises(InputError, match=told):
         Trainer.resume(Path("run"), SILENT, splits=others)
 

@@ -209,9 +209,10 @@ class Reproduction:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
         runs = self.plan(experiment)
-        records = self._runs_of_arms(experiment)
+        everything = self._records()
+        records = self._runs_of_arms(experiment, everything)
         baselines: dict[str, Arm] = {}
-        for record in filter(is_baseline, self._records()):
+        for record in filter(is_baseline, everything):
             if record["config_digest"] == self._of_baselines.digest:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
@@ -307,11 +308,13 @@ class Reproduction:
         seconds = statistics.median([step() for _ in range(4)][1:])
         return 6 * count_macs(model, side) * images / 1e9 / seconds
 
-    def _runs_of_arms(self, experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
+    def _runs_of_arms(
+        self, experiment: Experiment, records: Sequence[dict[str, Any]]
+    ) -> dict[str, list[dict[str, Any]]]:
         """The records of each arm, of seeds and rates beyond the plan too."""
         by_key = {
             key: own
-            for group in by_images_and_start(self._records())
+            for group in by_images_and_start(records)
             if self._has_this_start(next(iter(group.values()))[0])
             for key, own in group.items()
         }

@@ -596,7 +596,7 @@ def _section(
         full().learners: f"--scale full --data {experiment.benchmarks[0]} --root FOLDER",
     }
     not_run = {
-        claim: f"`abe reproduce {name} {options}`"
+        claim: (learners, f"`abe reproduce {name} {options}`")
         for learners, options in reversed(commands.items())
         for claim in experiment.claims(learners)
         if claim not in by_claim and not (experiment.ours and learners == full().learners)
@@ -606,8 +606,9 @@ def _section(
     lines = [_CLAIMS_HEAD]
     for claim in dict.fromkeys([*experiment.claims(small(True).learners), *by_claim, *not_run]):
         if claim in not_run:
-            theirs = _papers_difference(experiment, claim)
-            lines.append(f"| {claim} | {theirs} | | | not run here: {not_run[claim]} | | |")
+            learners, command = not_run[claim]
+            theirs = papers_difference(experiment, claim, learners, "")
+            lines.append(f"| {claim} | {theirs} | | | not run here: {command} | | |")
             continue
         own = by_claim[claim]
         lines += [told.line for told in own if told.compared not in first]
@@ -618,16 +619,6 @@ def _section(
             where = f"as under {other}" + f": {known}" * (known != claim)
             lines.append(f"| {claim} | {theirs} | | | {where} | | |")
     return lines
-
-
-def _papers_difference(experiment: Experiment, claim: Claim) -> str:
-    """`papers_difference` of a claim at the scale that has it."""
-    learners = next(
-        scale.learners
-        for scale in (small(True), full())
-        if claim in experiment.claims(scale.learners)
-    )
-    return papers_difference(experiment, claim, learners, "")
 
 
 _PAGE_HEAD = """# Results
