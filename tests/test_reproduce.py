@@ -29,23 +29,16 @@ from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
 from abe.report.reproduced import draw, draw_results
+from abe.report.results_page import results_page
+from abe.report.tables import departures, markdown, paper_row, papers_difference, values_of
 from abe.reproduce import Reproduction, Run
 from abe.reproduce import reproduce as run_all
 from abe.results import append_record, is_baseline, method_name, read_records, result_record
 from abe.runtime import seconds_of
+from abe.selection import select
 from abe.start import build_model
 from abe.train import Trainer
-from abe.verdicts import (
-    departures,
-    judge,
-    markdown,
-    paper_row,
-    papers_difference,
-    results_page,
-    rows_of,
-    select,
-    values_of,
-)
+from abe.verdicts import judge, rows_of
 
 ABE = str(Path(sys.executable).with_name("abe"))
 ROOT = Path(__file__).parents[1]

@@ -424,14 +424,14 @@ def results(
 
     records = read_records(file)
     if page is not None:
-        from abe.verdicts import results_page
+        from abe.report.results_page import results_page
 
         if experiments or start is not None:
             raise InputError("--page has all results: leave out --of and --start")
 
         replace_text(page, results_page(records))
     if experiments or start is not None:
-        from abe.verdicts import select
+        from abe.selection import select
 
         records = select(records, experiments or (), start)
     if picture is not None:

@@ -31,6 +31,14 @@ from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
 from abe.report.reproduced import draw
+from abe.report.tables import (
+    PAPERS_LEARNERS,
+    csv_text,
+    departures,
+    markdown,
+    papers_images,
+    values_of,
+)
 from abe.results import append_record, best_rate, data_title, is_baseline, read_records
 from abe.runtime import (
     autocast,
@@ -39,23 +47,10 @@ from abe.runtime import (
     keep_freed_memory,
     replace_text,
 )
+from abe.selection import by_images_and_start, counts, runs_of_arms
 from abe.start import build_model
 from abe.train import Trainer
-from abe.verdicts import (
-    PAPERS_LEARNERS,
-    Row,
-    by_images_and_start,
-    counts,
-    csv_text,
-    departures,
-    judge,
-    markdown,
-    papers_images,
-    reservations,
-    rows_of,
-    runs_of_arms,
-    values_of,
-)
+from abe.verdicts import Row, judge, reservations, rows_of
 
 _CHOSEN_BY = {
     "val": "held-out training classes",

@@ -19,9 +19,9 @@ from abe.evaluate import pair_cosines
 from abe.experiments import Experiment, full, get_experiments, small
 from abe.report.figures import HISTOGRAM_BINS
 from abe.report.pictures import mask_sheet
+from abe.report.tables import csv_text, values_by_images
 from abe.results import EMBEDDINGS
 from abe.runtime import replaced
-from abe.verdicts import csv_text, values_by_images
 
 COLOURS = {"positive": "tab:blue", "negative": "tab:red", "self": "tab:green"}  # as in Fig. 5
 _COSTS = {"parameters": 1e6, "MACs": 1e9}  # in which units Fig. 4 has them
@@ -41,7 +41,7 @@ def draw(
 
     Args:
         experiment: says which picture.
-        values: the rows' figures, see `abe.verdicts.values_of`.
+        values: the rows' figures, see `abe.report.tables.values_of`.
         folders: of a run of each arm, by its name.
         splits: the images.
         path: of the picture.
@@ -116,7 +116,7 @@ def recall_figure(
 
     Args:
         experiment: says what Recall@1 is drawn against.
-        by_images: the rows' figures, see `abe.verdicts.values_of`, by what to call the images.
+        by_images: the rows' figures, see `abe.report.tables.values_of`, by what to call the images.
     """
     papers: dict[str, dict[str, dict[str, Any]]] = {}
     for row in (row for rows in by_images.values() for row in rows if "paper R@1" in row):
