@@ -25,11 +25,11 @@ from abe.data.splits import open_splits
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.evaluate import evaluate_run, evaluate_test, raw_pixels
+from abe.files import read_json_lines
 from abe.intervals import unpack_classes
 from abe.paper import table_rows
 from abe.report.html import write_report
 from abe.results import append_record, markdown_table, scores_table, summarize
-from abe.runtime import read_json_lines
 from abe.train import Trainer
 
 # --- Writing copies ----------------------------------------------------------------------------

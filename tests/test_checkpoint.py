@@ -349,7 +349,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("abe.runtime.save_file", stop)
+    monkeypatch.setattr("abe.files.save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, step=2)
     monkeypatch.undo()

@@ -28,8 +28,8 @@ from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.data.decode import ReadingError
 from abe.errors import InputError
+from abe.files import read_json_lines
 from abe.results import flatten
-from abe.runtime import read_json_lines
 
 ABE = Path(sys.executable).with_name("abe")
 VERBS = (

@@ -22,7 +22,7 @@ from abe.data.benchmarks import BENCHMARKS, Benchmark, Count
 from abe.data.download import get, unpack
 from abe.download import RemoteFile, fetch, waiting_for
 from abe.errors import InputError, TakenError
-from abe.runtime import locked
+from abe.files import locked
 
 
 def jpeg() -> bytes:

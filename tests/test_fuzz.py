@@ -36,11 +36,11 @@ from abe.data.datasets import image_folder, open_dataset
 from abe.data.prepare import open_prepared, prepare, verify
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
+from abe.files import read_json_lines
 from abe.intervals import pack, pack_classes
 from abe.model.weights import read_weights
 from abe.results import read_records, result_record
 from abe.run_folder import read_images, read_log
-from abe.runtime import read_json_lines
 
 MEMORY = 2**29  # bytes beyond what the process has before
 SECONDS = 60  # for one input: far above what any takes, so that a hang is told

@@ -31,12 +31,12 @@ from abe.data.classes import open_classes
 from abe.data.loader import Batch
 from abe.data.splits import open_source
 from abe.errors import InputError
+from abe.files import locked, read_json, read_json_lines, write_tensors
 from abe.model.backbones import get_backbone
 from abe.model.classifier import Classifier, exported
 from abe.model.googlenet import GOOGLENET, GOOGLENET_UNFOLDED, folded
 from abe.model.weights import load_pretrained, read_weights
 from abe.pretrain import Pretrainer
-from abe.runtime import locked, read_json, read_json_lines, write_tensors
 from abe.start import start
 
 SILENT = Console(quiet=True)

@@ -28,9 +28,9 @@ from abe.checkpoint import checkpoints
 from abe.config import Config
 from abe.errors import InputError
 from abe.evaluate import evaluate_run
+from abe.files import read_json, read_json_lines
 from abe.launch import launched_rank
 from abe.ranks import Ranks, _join, share
-from abe.runtime import read_json, read_json_lines
 from abe.train import Trainer
 
 SILENT = Console(quiet=True)

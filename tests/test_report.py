@@ -24,11 +24,12 @@ from abe.data.splits import open_splits
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
 from abe.evaluate import pair_cosines, score
+from abe.files import append_json_line, write_json
 from abe.report import figures
 from abe.report.html import write_report
 from abe.report.runs import read_runs
 from abe.results import result_record, write_result
-from abe.runtime import append_json_line, environment, write_json
+from abe.runtime import environment
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CLASSES, IMAGES = 8, 5  # 4 of the classes are for testing

@@ -16,7 +16,7 @@ from abe.config import Config, DataConfig, ModelConfig, TrainConfig
 from abe.data.datasets import image_folder
 from abe.data.prepare import prepare
 from abe.data.synthetic import SyntheticVehicles
-from abe.runtime import read_json_lines
+from abe.files import read_json_lines
 from abe.train import Trainer
 
 TINY = Config(

@@ -28,9 +28,9 @@ from abe.checkpoint import checkpoints, load_latest, save_checkpoint
 from abe.config import Config
 from abe.data.loader import Batch
 from abe.errors import InputError
+from abe.files import locked, read_json, read_json_lines
 from abe.losses import EnsembleLoss
 from abe.recipes import get_recipe
-from abe.runtime import locked, read_json, read_json_lines
 from abe.train import Trainer
 
 SILENT = Console(quiet=True)

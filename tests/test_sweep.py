@@ -22,8 +22,8 @@ from abe import cli, sweep, train
 from abe.checkpoint import Best, checkpoints
 from abe.config import Config
 from abe.errors import DivergedError, InputError
+from abe.files import read_json, read_json_lines, write_json
 from abe.recipes import RECIPES, get_recipe
-from abe.runtime import read_json, read_json_lines, write_json
 from abe.sweep import (
     KEYS,
     Trial,

@@ -29,6 +29,7 @@ from abe.config import Config
 from abe.data.synthetic import SyntheticVehicles
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
+from abe.files import append_json_line, read_json, read_json_lines
 from abe.model.ensemble import AttentionEnsemble
 from abe.report.pictures import (
     FRAME,
@@ -41,7 +42,6 @@ from abe.report.pictures import (
     some_neighbors,
 )
 from abe.results import flatten
-from abe.runtime import append_json_line, read_json, read_json_lines
 from abe.tracking import PACKAGES, Tracking, flat, open_tracking
 from abe.train import Trainer
 

@@ -32,11 +32,11 @@ from abe.data.loader import Batch
 from abe.data.synthetic import SyntheticVehicles
 from abe.errors import DivergedError, InputError
 from abe.evaluate import evaluate_run
+from abe.files import read_json_lines, write_json
 from abe.losses import ensemble_loss
 from abe.model import AttentionEnsemble
 from abe.optimizer import lr_factor
 from abe.run_folder import read_log, recorded_precision
-from abe.runtime import read_json_lines, write_json
 from abe.train import GateStatistics, Trainer
 
 SILENT = Console(quiet=True)

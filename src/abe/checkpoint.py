@@ -34,15 +34,9 @@ from torch import Tensor, nn
 from abe.config import Config
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError, TakenError
+from abe.files import flush, make_folder, write_json, write_tensors
 from abe.model.ensemble import AttentionEnsemble
-from abe.runtime import (
-    flush,
-    make_folder,
-    resume_command,
-    typed,
-    write_json,
-    write_tensors,
-)
+from abe.runtime import resume_command, typed
 from abe.start import build_model
 
 _MODEL, _TRAINING, _META = "model.safetensors", "training.safetensors", "meta.json"

@@ -419,8 +419,8 @@ def results(
     Runs that differ in their learning rate alone are one row: that of the rate with the best
     Recall@1 on held-out classes.
     """
+    from abe.files import replace_text
     from abe.results import markdown_table, read_records, replace_between, summarize
-    from abe.runtime import replace_text
 
     records = read_records(file)
     if page is not None:

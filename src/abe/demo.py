@@ -13,9 +13,9 @@ from abe.config import Config
 from abe.data.splits import open_splits
 from abe.errors import InputError
 from abe.evaluate import evaluate_baselines
+from abe.files import read_json
 from abe.report.html import write_report
 from abe.results import write_result
-from abe.runtime import read_json
 from abe.train import Trainer
 
 NETWORKS = {

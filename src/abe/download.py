@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import wrap_file
 
 from abe.errors import InputError, TakenError
-from abe.runtime import locked
+from abe.files import locked
 
 WAIT_SECONDS = 1.0  # between two looks whether another process has fetched a file
 

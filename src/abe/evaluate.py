@@ -22,6 +22,7 @@ from abe.data.loader import evaluation_batches
 from abe.data.splits import Splits, open_images, open_splits, split_images, unseen
 from abe.data.transforms import Preprocessing
 from abe.errors import InputError
+from abe.files import read_json
 from abe.intervals import pack, pack_classes
 from abe.metrics import KS, have_match, nmi, retrieval_metrics
 from abe.model.ensemble import AttentionEnsemble, concat
@@ -34,15 +35,7 @@ from abe.run_folder import (
     recorded_precision,
     require_same_images,
 )
-from abe.runtime import (
-    Precision,
-    autocast,
-    choose_device,
-    choose_precision,
-    environment,
-    read_json,
-    typed,
-)
+from abe.runtime import Precision, autocast, choose_device, choose_precision, environment, typed
 from abe.shards import Shards
 from abe.start import start
 

@@ -32,6 +32,7 @@ from abe.data.samplers import EpochBatchSampler
 from abe.data.transforms import Preprocessing
 from abe.errors import DivergedError, InputError
 from abe.evaluate import embed
+from abe.files import append_json_line, remove_unfinished, replace_text, write_json, write_tensors
 from abe.model.backbones import get_backbone, pretraining_form
 from abe.model.card import model_card
 from abe.model.classifier import Classifier, exported
@@ -49,17 +50,12 @@ from abe.run_folder import (
 from abe.runtime import (
     Precision,
     StopSignal,
-    append_json_line,
     autocast,
     choose_device,
     choose_precision,
     environment,
     keep_freed_memory,
-    remove_unfinished,
-    replace_text,
     typed,
-    write_json,
-    write_tensors,
 )
 
 CHECKPOINT = "checkpoint.safetensors"  # weights, momentum, and in its metadata the rest

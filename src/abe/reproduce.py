@@ -27,6 +27,7 @@ from abe.data.splits import Splits, open_splits
 from abe.errors import DivergedError, TakenError
 from abe.evaluate import evaluate_baselines
 from abe.experiments import Arm, Experiment, Scale, full
+from abe.files import replace_text
 from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
@@ -40,13 +41,7 @@ from abe.report.tables import (
     values_of,
 )
 from abe.results import append_record, best_rate, data_title, is_baseline, read_records
-from abe.runtime import (
-    autocast,
-    choose_device,
-    choose_precision,
-    keep_freed_memory,
-    replace_text,
-)
+from abe.runtime import autocast, choose_device, choose_precision, keep_freed_memory
 from abe.selection import by_images_and_start, counts, runs_of_arms
 from abe.start import build_model
 from abe.train import Trainer

@@ -25,16 +25,10 @@ from abe.checkpoint import Best
 from abe.config import Config
 from abe.data.decode import printable
 from abe.errors import InputError
+from abe.files import append_json_line, read_json_lines, replaced, write_json
 from abe.intervals import unpack, unpack_classes
 from abe.ranks import Ranks
-from abe.runtime import (
-    append_json_line,
-    read_json_lines,
-    replaced,
-    resume_command,
-    typed,
-    write_json,
-)
+from abe.runtime import resume_command, typed
 from abe.shards import Shards
 
 EMBEDDINGS = "embeddings.safetensors"  # of a run: those of its test images

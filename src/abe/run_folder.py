@@ -15,15 +15,8 @@ from abe.checkpoint import Checkpoint
 from abe.config import DataConfig
 from abe.data.splits import Splits
 from abe.errors import InputError
+from abe.files import locked, make_folder, read_json, read_json_lines, replace_text, require_outside
 from abe.ranks import Ranks
-from abe.runtime import (
-    locked,
-    make_folder,
-    read_json,
-    read_json_lines,
-    replace_text,
-    require_outside,
-)
 
 IMAGES = "images.json"  # of a run: which images it learns and tests
 LOG = "metrics.jsonl"

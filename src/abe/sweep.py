@@ -28,10 +28,7 @@ from rich.table import Table
 
 from abe.config import Config
 from abe.errors import DivergedError, InputError
-from abe.losses import ContrastiveNormalization
-from abe.results import differing, flatten
-from abe.run_folder import require_outside_images
-from abe.runtime import (
+from abe.files import (
     locked,
     make_folder,
     read_json,
@@ -40,6 +37,9 @@ from abe.runtime import (
     replace_text,
     write_json,
 )
+from abe.losses import ContrastiveNormalization
+from abe.results import differing, flatten
+from abe.run_folder import require_outside_images
 from abe.train import Trainer
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ from PIL import Image
 
 from abe.config import Config
 from abe.errors import InputError
+from abe.files import read_json, read_json_lines, write_json
 from abe.results import flatten
-from abe.runtime import read_json, read_json_lines, write_json
 
 STATE = "tracking.json"
 PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow-skinny", "wandb": "wandb"}

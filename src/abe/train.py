@@ -49,6 +49,7 @@ from abe.data.samplers import ClassBalancedBatchSampler, PairBatchSampler
 from abe.data.splits import Splits, open_splits
 from abe.errors import DivergedError, InputError
 from abe.evaluate import embed_share, evaluate_test
+from abe.files import append_json_line, flush, remove_unfinished, replace_text, write_json
 from abe.losses import EnsembleLoss, ensemble_loss
 from abe.metric_losses import metric_loss_from_spec
 from abe.metrics import recall_at_k
@@ -74,17 +75,12 @@ from abe.run_folder import (
 from abe.runtime import (
     Precision,
     StopSignal,
-    append_json_line,
     autocast,
     choose_precision,
     environment,
-    flush,
     keep_freed_memory,
-    remove_unfinished,
-    replace_text,
     resume_command,
     seed_step,
-    write_json,
 )
 from abe.start import start
 from abe.tracking import Tracking, open_tracking, require_packages

@@ -44,8 +44,8 @@ from abe.data.datasets import (
 )
 from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.errors import InputError
+from abe.files import locked, require_outside
 from abe.progress import progress
-from abe.runtime import locked, require_outside
 
 VERSION = 1
 SQUARES, INDEX, MANIFEST = "squares.npy", "index.parquet", "prepared.json"

@@ -27,6 +27,7 @@ from abe.data.datasets import LabelledImages
 from abe.data.splits import Splits, open_splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
+from abe.files import replace_text
 from abe.metrics import have_match
 from abe.neighbors import nearest_neighbors
 from abe.report import figures
@@ -40,7 +41,6 @@ from abe.report.pictures import (
 )
 from abe.report.runs import Run, read_runs
 from abe.results import data_title, differing, weights_name
-from abe.runtime import replace_text
 
 FAILED_QUERIES = 2  # of those shown, how many go wrong at the first rank
 CHANNELS, CHANNEL_IMAGES = 3, 2  # single channels of the masks, and the images they are shown on

@@ -17,11 +17,11 @@ from abe.data.splits import Splits
 from abe.errors import InputError
 from abe.evaluate import pair_cosines
 from abe.experiments import Experiment, full, get_experiments, small
+from abe.files import replaced
 from abe.report.figures import HISTOGRAM_BINS
 from abe.report.pictures import mask_sheet
 from abe.report.tables import csv_text, values_by_images
 from abe.results import EMBEDDINGS
-from abe.runtime import replaced
 
 COLOURS = {"positive": "tab:blue", "negative": "tab:red", "self": "tab:green"}  # as in Fig. 5
 _COSTS = {"parameters": 1e6, "MACs": 1e9}  # in which units Fig. 4 has them

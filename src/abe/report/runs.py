@@ -14,9 +14,10 @@ from torch import Tensor
 
 from abe.config import Config
 from abe.errors import InputError
+from abe.files import read_json, read_json_lines
 from abe.model.ensemble import concat
 from abe.results import EMBEDDINGS, data_title, flatten, is_baseline, told_apart
-from abe.runtime import read_json, read_json_lines, resume_command
+from abe.runtime import resume_command
 
 
 @dataclass(frozen=True)
