@@ -148,15 +148,30 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
             write(tmp_path / "value.json", {"long": "a" * 200})
 
 
-def test_tensors_replace_a_file_and_leave_its_mode(tmp_path: Path) -> None:
+def test_tensors_replace_a_file(tmp_path: Path) -> None:
     path = tmp_path / "tensors.safetensors"
-    for value, mode in ((1, 0o640), (2, 0o604)):
-        path.touch()
-        path.chmod(mode)
+    for value in (1, 2):
         write_tensors(path, {"a": torch.full((2, 3), value).T})
         assert torch.equal(load_file(path)["a"], torch.full((3, 2), value))
-        assert stat.S_IMODE(path.stat().st_mode) == mode
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    """A new one has that of any new file."""
+    path = tmp_path / "file"
+    (tmp_path / "new").touch()
+    new = (tmp_path / "new").stat().st_mode
+    for write in (
+        lambda: write_tensors(path, {"a": torch.zeros(1)}),
+        lambda: replace_text(path, "text"),
+    ):
+        write()
+        assert path.stat().st_mode == new
+        for mode in (0o640, 0o604):
+            path.chmod(mode)
+            write()
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+        path.unlink()
 
 
 def test_tensors_that_do_not_fit_leave_what_was_there(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from abe.cli import seconds_of
 from abe.config import Config
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError, TakenError
@@ -30,11 +31,10 @@ from abe.paper import table_rows
 from abe.recipes import demo
 from abe.report.reproduced import draw, draw_results
 from abe.report.results_page import results_page
-from abe.report.tables import departures, markdown, paper_row, papers_difference, values_of
-from abe.reproduce import Reproduction, Run
+from abe.report.tables import markdown, paper_row, papers_difference, values_of
+from abe.reproduce import Reproduction, Run, departures
 from abe.reproduce import reproduce as run_all
 from abe.results import append_record, is_baseline, method_name, read_records, result_record
-from abe.runtime import seconds_of
 from abe.selection import select
 from abe.start import build_model
 from abe.train import Trainer

@@ -178,6 +178,9 @@ def test_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.Monk
     assert environment(CPU)["commit"] == f"{commit}+"
 
 
+# --- Commands ----------------------------------------------------------------------------------
+
+
 def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [".venv/bin/abe", "train"])
     assert resume_command(Path("runs/a")) == ".venv/bin/abe train --resume runs/a"
@@ -186,6 +189,14 @@ def test_commands_are_told_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/abe")
     monkeypatch.setattr(sys, "argv", ["/usr/bin/abe", "train"])
     assert resume_command(Path("runs/a")) == "abe train --resume runs/a"
+
+
+def test_resume_command_can_be_pasted_into_a_shell() -> None:
+    command = resume_command(Path("my runs/it's [red]"))
+    assert shlex.split(command) == ["abe", "train", "--resume", "my runs/it's [red]"]
+
+
+# --- Signals -----------------------------------------------------------------------------------
 
 
 def test_a_run_in_another_thread_leaves_signals_alone() -> None:
@@ -199,14 +210,6 @@ def test_a_run_in_another_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert heard == [(None, before)]
-
-
-def test_resume_command_can_be_pasted_into_a_shell() -> None:
-    command = resume_command(Path("my runs/it's [red]"))
-    assert shlex.split(command) == ["abe", "train", "--resume", "my runs/it's [red]"]
-
-
-# --- Signals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -226,6 +229,9 @@ def test_the_old_handlers_are_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), StopSignal().listening():
         1 / 0  # noqa: B018
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- Memory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -559,7 +560,7 @@ def reproduce(
     from abe.experiments import check_changes, full, get_experiments, small
     from abe.reproduce import Reproduction, dry_run
     from abe.reproduce import reproduce as run
-    from abe.runtime import seconds_of, typed
+    from abe.runtime import typed
 
     experiments = {key: each for name in names for key, each in get_experiments(name).items()}
     limit = None if budget is None else seconds_of(budget, "--budget")
@@ -648,7 +649,7 @@ def sweep(
     Trials are judged by Recall@1 on held-out training classes; the test images are not scored. A
     sweep that was interrupted goes on when it is called again. Needs the package optuna.
     """
-    from abe.runtime import seconds_of, typed
+    from abe.runtime import typed
     from abe.sweep import KEYS, best_trial, run_sweep, trials_table
 
     base = _configure(
@@ -861,6 +862,18 @@ def _results_file(chosen: Path | None, run: Path) -> Path:
     chosen.parent.mkdir(parents=True, exist_ok=True)
     chosen.open("ab+").close()
     return chosen
+
+
+def seconds_of(text: str, option: str) -> float:
+    """A time such as 90s, 30m or 2h.
+
+    Raises:
+        InputError: it is none, or no time at all; the message names the option.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"{option} {text}: write a number and s, m or h, as in 30m")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,4 +14,4 @@ class DivergedError(InputError):
 
 
 class TakenError(InputError):
-    """Another process has what this one was to work on."""
+    """Another process, or another place in this one, has what was to be worked on."""

@@ -26,6 +26,7 @@ WITHOUT_DIVERGENCE = "train.divergence_weight=0"
 _NETWORK = ("model.network", "model.num_learners", "model.embedding_dim")
 SIMILAR = 0.01  # what the paper calls similar is apart by less: one point of Recall@1
 ALIKE = 0.02  # of cosines
+PAPERS_LEARNERS = 8  # where an experiment has as many as asked for
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Scale:
 
 def full() -> Scale:
     """The paper's setting: 224 px, D = 512, batch 64, ImageNet weights."""
-    return Scale(paper(), learners=8, rates=(1e-4, 3e-4))
+    return Scale(paper(), learners=PAPERS_LEARNERS, rates=(1e-4, 3e-4))
 
 
 def small(own_images: bool) -> Scale:

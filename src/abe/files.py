@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON that names what is wrong with it, and locks."""
+"""Files and folders that are whole or not there, JSON whose faults name their file, and locks."""
 
 from __future__ import annotations
 
@@ -108,13 +108,13 @@ def read_json_lines(path: Path, *, cut_off: bool = False) -> list[dict[str, Any]
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Replace a safetensors file as one step, which keeps its mode; it is on the disk then.
+    """Replace a safetensors file as one step; it is on the disk then.
 
     The same tensors and metadata are the same bytes.
     """
     with _replacing(path) as beside:
         beside.touch()
-        mode = (path if path.exists() else beside).stat().st_mode
+        mode = beside.stat().st_mode
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, beside, metadata)
         if metadata:
@@ -207,10 +207,12 @@ def _lock(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside a file: what is written there takes the file's place, or is removed again."""
+    """A name beside a file: what is written there takes its place and mode, or is removed again."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
+        with contextlib.suppress(FileNotFoundError):
+            beside.chmod(path.stat().st_mode)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -26,21 +26,22 @@ from abe.config import Config
 from abe.data.splits import Splits, open_splits
 from abe.errors import DivergedError, TakenError
 from abe.evaluate import evaluate_baselines
-from abe.experiments import Arm, Experiment, Scale, full
+from abe.experiments import PAPERS_LEARNERS, Arm, Experiment, Scale, full
 from abe.files import replace_text
 from abe.intervals import is_behind
 from abe.losses import ensemble_loss
 from abe.model.summary import count_macs
 from abe.report.reproduced import draw
-from abe.report.tables import (
-    PAPERS_LEARNERS,
-    csv_text,
-    departures,
-    markdown,
-    papers_images,
-    values_of,
+from abe.report.tables import csv_text, markdown, papers_images, values_of
+from abe.results import (
+    append_record,
+    best_rate,
+    data_title,
+    differing,
+    flatten,
+    is_baseline,
+    read_records,
 )
-from abe.results import append_record, best_rate, data_title, is_baseline, read_records
 from abe.runtime import autocast, choose_device, choose_precision, keep_freed_memory
 from abe.selection import by_images_and_start, counts, runs_of_arms
 from abe.start import build_model
@@ -53,6 +54,8 @@ _CHOSEN_BY = {
     "paper": "the test images, which flatters",
 }
 DIVERGED = "diverged.txt"  # in the folder of a run that is not tried again
+_LISTED_APART = ("recipe", "train.lr", "precision", "seed", "data.source")
+_OF_DRAWN = ("data.synthetic_classes", "data.synthetic_images")
 
 
 @dataclass(frozen=True)
@@ -437,6 +440,28 @@ class Reproduction:
             images = 3 * train.steps * train.batch_size + evaluations * scored + tested
             self._gflops[arm] = 2 * macs * images / 1e9
         return self._gflops[arm]
+
+
+def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
+    """Where rows differ from the paper's setting: "train.steps 10000 -> 120".
+
+    What not all of them do has the names of those that do behind it.
+
+    Args:
+        rows: of each its name, the paper's configuration and ours.
+    """
+    changes: dict[str, list[str]] = {}
+    for row, theirs, ours in rows:
+        paper, own = (flatten(config.portable()) for config in (theirs, ours))
+        for name in differing([paper, own]):
+            # Of a learner alone Eq. 9 has nothing to say.
+            alone = name == "train.divergence_weight" and ours.model.num_learners == 1
+            if not alone and name not in (*_LISTED_APART, *_OF_DRAWN):
+                changes.setdefault(f"{name} {paper.get(name)} -> {own.get(name)}", []).append(row)
+    return [
+        change + f" ({'; '.join(named)})" * (len(named) < len(rows))
+        for change, named in changes.items()
+    ]
 
 
 def _protocol(runs: Sequence[Run]) -> str:

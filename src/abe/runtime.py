@@ -1,4 +1,7 @@
-"""What a run needs from the machine: seeds, device, precision, memory, and a way to stop."""
+"""What a run needs from the machine: seeds, device, precision, memory, and a way to stop.
+
+And what is said of it: the environment of a result, and commands as they can be typed there.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import functools
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -182,18 +184,6 @@ def _numbers(path: Path) -> dict[str, int]:
     """The first number of each line, by the word before it."""
     lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
     return {name: int(number) for name, number, *_ in lines}
-
-
-def seconds_of(text: str, option: str) -> float:
-    """A time such as 90s, 30m or 2h.
-
-    Raises:
-        InputError: it is none, or no time at all; the message names the option.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None or float(found[1]) == 0:
-        raise InputError(f"{option} {text}: write a number and s, m or h, as in 30m")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def resume_command(run: Path) -> str:

@@ -55,7 +55,7 @@ def _key(config: Config) -> str:
 def of_scales(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
 ) -> Iterator[tuple[str, Scale, dict[str, list[dict[str, Any]]]]]:
-    """The runs of each arm at either scale, of runs on the same images by `_key`."""
+    """The runs of each arm at either scale, of a group of `by_images_and_start`."""
     record = next(iter(by_key.values()))[0]
     config = Config.from_json(record["config"])
     for name, scale in {"full": full(), "small": small(config.data.source != "synthetic")}.items():
@@ -104,7 +104,7 @@ def of_arms(
 
 
 def has_images_of(experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
-    """Whether runs on the same images, by `_key`, are of images that an experiment is about."""
+    """Whether a group of `by_images_and_start` is of images that an experiment is about."""
     titles = [find_benchmark(name).title for name in experiment.benchmarks]
     return experiment.anywhere or next(iter(by_key.values()))[0]["data"]["name"] in titles
 
@@ -151,5 +151,5 @@ def select(
 
 
 def _images(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a result is of, its method apart: see `markdown_table`."""
+    """What a result is of, its method apart: see `abe.results.markdown_table`."""
     return record["data"], record["protocol"], record["config"]["data"]["crop"]

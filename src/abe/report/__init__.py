@@ -1,1 +1,1 @@
-"""The report: one HTML page about finished runs."""
+"""Made of finished runs: the HTML report, pictures, tables beside the paper's, docs/results.md."""

@@ -178,7 +178,7 @@ _Compared = tuple[str, Quantity, Quantity | None, str, tuple[tuple[str, str], ..
 def _judged_claims(
     experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
 ) -> list[_Told]:
-    """The claims that runs on the same images, by `_key`, say something of, at either scale."""
+    """The claims that a group of `by_images_and_start` says something of, at either scale."""
     told: list[_Told] = []
     if not has_images_of(experiment, by_key):
         return told

@@ -13,15 +13,13 @@ import torch
 from abe.config import Config
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError
-from abe.experiments import PICKED, Arm, Claim, Experiment
+from abe.experiments import PAPERS_LEARNERS, PICKED, Arm, Claim, Experiment
 from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
-from abe.results import data_title, differing, flatten, is_baseline
+from abe.results import data_title, is_baseline
 from abe.selection import by_images_and_start, has_images_of, of_scales
 from abe.start import build_model
 from abe.verdicts import Row, rows_of
-
-PAPERS_LEARNERS = 8  # where an experiment has as many as asked for
 
 
 def papers_images(experiment: Experiment, data: str) -> str:
@@ -195,29 +193,3 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     if name in ("MACs", "paper macs_1e9"):
         return f"{value / 1e9 if name == 'MACs' else value:.2f}e9"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-_LISTED_APART = ("recipe", "train.lr", "precision", "seed", "data.source")
-_OF_DRAWN = ("data.synthetic_classes", "data.synthetic_images")
-
-
-def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
-    """Where rows differ from the paper's setting: "train.steps 10000 -> 120".
-
-    What not all of them do has the names of those that do behind it.
-
-    Args:
-        rows: of each its name, the paper's configuration and ours.
-    """
-    changes: dict[str, list[str]] = {}
-    for row, theirs, ours in rows:
-        paper, own = (flatten(config.portable()) for config in (theirs, ours))
-        for name in differing([paper, own]):
-            # Of a learner alone Eq. 9 has nothing to say.
-            alone = name == "train.divergence_weight" and ours.model.num_learners == 1
-            if not alone and name not in (*_LISTED_APART, *_OF_DRAWN):
-                changes.setdefault(f"{name} {paper.get(name)} -> {own.get(name)}", []).append(row)
-    return [
-        change + f" ({'; '.join(named)})" * (len(named) < len(rows))
-        for change, named in changes.items()
-    ]
