@@ -146,6 +146,10 @@ CLAIMS = {  # of README's table
         "recall@1 of 1-head^512, margin, weighted by distance is above that of "
         "1-head^512, Eq. 10 balanced"
     ),
+    "ABE-4: margin loss above Eq. 10": (
+        "recall@1 of ABE-4^512, margin, weighted by distance is above that of "
+        "ABE-4^512, Eq. 10 balanced"
+    ),
     "ABE-4, Eq. 10 balanced: lambda 0.1 above 1": (
         "recall@1 of divergence_weight 0.1, balanced is above that of divergence_weight 1, balanced"
     ),
