@@ -113,13 +113,10 @@ def write_tensors(
     The same tensors and metadata are the same bytes.
     """
     with _replacing(path) as beside:
-        beside.touch()
-        mode = beside.stat().st_mode
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, beside, metadata)
         if metadata:
             _sort_metadata(beside)
-        beside.chmod(mode)  # save_file leaves it readable by its owner alone
         flush(beside)
 
 
@@ -210,9 +207,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A name beside a file: what is written there takes its place and mode, or is removed again."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        beside.touch()
+        mode = (path if path.exists() else beside).stat().st_mode
         yield beside
-        with contextlib.suppress(FileNotFoundError):
-            beside.chmod(path.stat().st_mode)
+        beside.chmod(mode)  # safetensors leaves what it writes to its owner alone
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
