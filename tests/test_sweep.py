@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -20,11 +20,12 @@ from rich.console import Console
 
 from abe import cli, sweep, train
 from abe.checkpoint import Best, checkpoints
-from abe.config import Config
+from abe.config import Config, DataConfig
 from abe.errors import DivergedError, InputError
 from abe.files import read_json, read_json_lines, write_json
 from abe.recipes import RECIPES, get_recipe
 from abe.sweep import (
+    AS_PRINTED,
     KEYS,
     Trial,
     best_trial,
@@ -41,6 +42,10 @@ SWEEPS = Path(__file__).parents[1] / "results/sweeps"
 SMALL = TINY.with_overrides(["train.eval_every=1"])
 
 
+def opened(data: DataConfig, *_: object) -> Any:
+    return SimpleNamespace(digest=f"{data.synthetic_images} images")
+
+
 class Quick:
     """In the place of `Trainer`: its recall is highest at a rate of 0.001 and at 10 it diverges."""
 
@@ -48,12 +53,14 @@ class Quick:
 
     def __init__(self, config: Config) -> None:
         self.train = config.train
-        self.splits = SimpleNamespace(digest=f"{config.data.synthetic_images} images")
+        self.splits = opened(config.data)
 
     @classmethod
     def begin(cls, config: Config, run: Path, console: Console, *, splits: object) -> Quick:
         cls.given.append(splits)
-        return cls(config)
+        trainer = cls(config)
+        trainer.splits = splits or trainer.splits
+        return trainer
 
     def select(self, go_on: str | None) -> Best | None:
         if self.train.lr > 9:
@@ -64,6 +71,7 @@ class Quick:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "Trainer", Quick)
+    monkeypatch.setattr(sweep, "open_splits", opened)
     monkeypatch.setattr(Quick, "given", [])
 
 
@@ -84,15 +92,17 @@ def test_the_first_trial_is_the_recipe_and_others_are_in_the_space(
     ]
     assert done[0].digest == SMALL.digest
     assert len({trial.digest for trial in done}) == 8
+    size = {"balanced": 1, "per_image": AS_PRINTED, "sum": AS_PRINTED * own.batch_size}
     for lr, margin, weight, normalization in (trial.settings.values() for trial in done):
-        assert own.lr / 10 <= lr <= own.lr * 10
+        assert own.lr / 10 <= lr * size[normalization] <= own.lr * 10
         assert 0.2 <= margin <= 2
-        assert own.divergence_weight / 10 <= weight <= own.divergence_weight * 10
-        assert normalization in ("per_image", "sum", "balanced")
-    first, *others = Quick.given
-    assert first is None
-    assert len(others) == 7
-    assert len(set(map(id, others))) == 1  # read once
+        assert own.divergence_weight / 10 <= weight / size[normalization]
+        assert weight / size[normalization] <= own.divergence_weight * 10
+    assert {trial.settings["train.normalization"] for trial in done} == set(size)
+    assert own.normalization == "balanced"
+    assert len(Quick.given) == 8
+    assert len(set(map(id, Quick.given))) == 1  # read once
+    assert Quick.given[0] is not None
 
 
 def test_only_the_named_keys_are_searched(quick: None, tmp_path: Path) -> None:
@@ -119,6 +129,15 @@ def test_a_proposal_is_a_function_of_seed_and_trials(quick: None, tmp_path: Path
     ]
     assert propose(space, done[:8], SMALL, 0) != propose(space, other[:8], SMALL, 0)
     assert propose(space, done[:4], SMALL, 0) == propose(space, other[:4], SMALL, 0)
+
+
+def test_images_are_looked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="nofolder"):
+        run_sweep(SMALL.with_overrides(["data.source=nofolder"]), tmp_path / "sweep", SILENT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_images_of_the_same_settings(quick: None, tmp_path: Path) -> None:
@@ -290,6 +309,7 @@ def test_a_recipe_has_what_its_sweep_chose(name: str) -> None:
         ([], ["train.lr", "train.steps"], "cannot search train.steps: choose among train.lr, "),
         ([], [], "cannot search nothing"),
         (["train.divergence_weight=0"], KEYS, "switches Eq. 9 off"),
+        (["model.num_learners=1"], KEYS, "divergence_weight has no effect .* --search train.lr$"),
         (["train.metric_loss=TripletMarginLoss()"], KEYS, "train.margin has no effect"),
     ],
 )

@@ -637,7 +637,8 @@ def sweep(
         typer.Option(
             "--folder",
             metavar="FOLDER",
-            help="Folder to work in. Default: runs/sweep-<recipe>-<digest of all settings>.",
+            help="Folder to work in. Default: runs/sweep-<recipe>-<digest of all settings>, with "
+            "the keys and the seed that are given.",
         ),
     ] = None,
     seed: Annotated[
@@ -663,7 +664,10 @@ def sweep(
         skip_broken=skip_broken,
         allow_partial=allow_partial,
     )
-    folder = folder or Path("runs", f"sweep-{base.recipe}-{base.digest}")
+    named = "-".join(
+        ["sweep", base.recipe, base.digest, *(search or ()), *[str(seed)] * (seed > 0)]
+    )
+    folder = folder or Path("runs", named)
     done = run_sweep(
         base,
         folder,

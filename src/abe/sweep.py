@@ -14,6 +14,7 @@ its run, and goes on from its checkpoint. The test images are never scored.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abe.config import Config
+from abe.data.splits import open_splits
 from abe.errors import DivergedError, InputError
 from abe.files import (
     locked,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 SWEEP, TRIALS, LOCK = "sweep.json", "trials.jsonl", ".lock"
 KEYS = ("train.lr", "train.margin", "train.divergence_weight", "train.normalization")
 FACTOR = 10  # rate and lambda are searched from a tenth of the recipe's to ten times it
+AS_PRINTED = 32  # best rate of experiments with "balanced", 0.003, over that of Eq. 10 as printed
 RANDOM_TRIALS = 5  # the first ones: a sweep is small, and the recipe is among them
 MARGINS = 0.2, 2.0  # on squared distances, which are 2 between vectors at a right angle
 
@@ -118,9 +121,10 @@ def run_sweep(
             "leave --set protocol=val"
         )
     base = base.anchored()
+    space, splits = search_space(base, keys), None
     if not (folder / SWEEP).exists():
         require_outside_images(folder, base.data)
-    space = search_space(base, keys)
+        splits = open_splits(base.data, base.protocol, console)
     make_folder(folder)
     with locked(folder / LOCK, f"{folder} is swept by another process: wait for it"):
         remove_unfinished(folder)
@@ -131,7 +135,6 @@ def run_sweep(
         }
         _require_same_sweep(folder / SWEEP, sweep)
         done = read_trials(folder / TRIALS)
-        splits = None
         for number, trial in enumerate(done):
             _forget_checkpoints(_run(folder, number, trial.digest))
         while len(done) < trials and (budget is None or sum(t.seconds for t in done) < budget):
@@ -142,8 +145,8 @@ def run_sweep(
             run = _run(folder, len(done), config.digest)
             started = time.perf_counter()
             trainer = Trainer.begin(config, run, console, splits=splits)
-            if splits is None:
-                splits = trainer.splits  # read once
+            splits = trainer.splits  # read once
+            if "images" not in sweep:
                 sweep["images"] = splits.digest  # wherever they are
                 _require_same_sweep(folder / SWEEP, sweep)
                 asked = {"trials": trials, "budget": budget}
@@ -166,6 +169,8 @@ def run_sweep(
 def search_space(base: Config, keys: Sequence[str]) -> dict[str, BaseDistribution]:
     """What is tried of each key, the value of `base` among it.
 
+    Rates and lambdas are those of the normalisation of `base`; others have theirs: see `_rescaled`.
+
     Raises:
         InputError: Optuna is not installed, no keys, one that is not in `KEYS`, one without an
             effect, or a divergence that is switched off.
@@ -182,6 +187,11 @@ def search_space(base: Config, keys: Sequence[str]) -> dict[str, BaseDistributio
                 f"{key} has no effect on train.metric_loss={train.metric_loss}: name the keys to "
                 "search without it, as in --search train.lr"
             )
+    if "train.divergence_weight" in keys and base.model.num_learners == 1:
+        raise InputError(
+            "train.divergence_weight has no effect on model.num_learners=1, of which Eq. 9 is 0: "
+            "name the keys to search without it, as in --search train.lr"
+        )
     if "train.divergence_weight" in keys and train.divergence_weight == 0:
         raise InputError(
             "train.divergence_weight=0 switches Eq. 9 off: begin from another weight, or name the "
@@ -224,15 +234,41 @@ def propose(
     for number, trial in enumerate(done, start=1):
         try:
             known = optuna.trial.create_trial(
-                params=trial.settings, distributions=space, value=trial.selection_recall or 0.0
+                params=_rescaled(trial.settings, base, to_base=True),
+                distributions=space,
+                value=trial.selection_recall or 0.0,
             )
         except ValueError as error:
             raise InputError(
                 f"{TRIALS}, line {number} is no trial of this sweep, correct or remove it: {error}"
             ) from None
         study.add_trial(known)
-    proposed: dict[str, float | str] = study.ask(dict(space)).params
-    return proposed
+    return _rescaled(study.ask(dict(space)).params, base, to_base=False)
+
+
+def _rescaled(
+    settings: Mapping[str, float | str], base: Config, *, to_base: bool
+) -> dict[str, float | str]:
+    """With the rate and lambda that fit their normalisation, for those that fit that of `base`.
+
+    The larger Eq. 10 is, the larger the lambda beside it and the lower the rate. With `to_base` the
+    other way round, which gives exactly what was there before.
+    """
+    own = str(settings.get("train.normalization", base.train.normalization))
+    factor = _size(own, base) / _size(base.train.normalization, base)
+    factors = {"train.lr": 1 / factor, "train.divergence_weight": factor}
+    return {
+        key: value * (1 / factors[key] if to_base else factors[key])
+        if key in factors and isinstance(value, float)
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _size(normalization: str, base: Config) -> float:
+    """How large Eq. 10 is beside the balanced one, as a power of two: products are exact."""
+    batch = 2.0 ** round(math.log2(base.train.batch_size))
+    return {"balanced": 1.0, "per_image": AS_PRINTED, "sum": AS_PRINTED * batch}[normalization]
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
