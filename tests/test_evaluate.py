@@ -95,7 +95,8 @@ def test_scores_are_those_of_the_ensemble_and_of_each_learner(
     assert [scores["ensemble"][f"recall@{k}"] for k in (1, 4)] == [ensemble[1], ensemble[4]]
     for m, learner in enumerate(scores["learners"]):
         assert learner["recall@1"] == recall_at_k(embeddings[:, m], classes, [1])[1]
-        assert set(learner) == {"recall@1", "recall@4", "map@r", "r_precision", "nmi"}
+        assert set(learner) == {"recall@1", "recall@4", "map@r", "r_precision", "nmi", "hits@1"}
+        assert unpack(learner["hits@1"]).mean() == learner["recall@1"]
     whole = concat(embeddings).double()
     nearest = torch.cdist(whole, whole).fill_diagonal_(torch.inf).argmin(1)
     hits = unpack(scores["hits@1"]).tolist()

@@ -9,6 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,11 @@ from abe.files import (
     locked,
     make_folder,
     read_json_lines,
+    remove_unfinished,
     replace_text,
+    replaced,
     write_json,
+    write_rows,
     write_tensors,
 )
 
@@ -174,6 +178,42 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
         path.unlink()
 
 
+def test_two_that_replace_a_file_at_once_write_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two machines they can be processes of one number; the last to end is what stays."""
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with replaced(path) as one:
+        one.write(b"one, ")
+        with replaced(path) as other:
+            other.write(b"other")
+        assert path.read_bytes() == b"other"
+        one.write(b"whole")
+    assert path.read_bytes() == b"one, whole"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    with replaced(tmp_path / "file"):
+        (beside,) = tmp_path.iterdir()
+    beside.touch()
+    (tmp_path / ".file.1234.part").touch()  # of a version that named it after its process
+    kept = {"file", "1.jpg.part", ".file.part", ".file.mine.part", "file.1234.part"}
+    for name in kept:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept
+
+
+def test_a_file_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match=r"gone/\.file\.\d+\.part'$"),
+        replaced(tmp_path / "gone" / "file"),
+    ):
+        pass
+
+
 def test_tensors_that_do_not_fit_leave_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "tensors.safetensors"
     for kept in ([], [path.name]):
@@ -194,6 +234,26 @@ def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path: Path) -> Non
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == metadata
         assert torch.equal(opened.get_tensor("x"), torch.ones(3))
+
+
+def test_rows_are_written_block_by_block(tmp_path: Path) -> None:
+    file, rows = tmp_path / "rows.safetensors", {name: torch.randn(5, 2, 3) for name in "ba"}
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        for first, end in ((0, 2), (2, 2), (2, 5)):
+            assert sum(block() is not None for block in given) <= 1  # the one before
+            block = rows[name][first:end].mT
+            given.append(weakref.ref(block))
+            yield block
+
+    tensors = {name: ((5, 3, 2), blocks(name)) for name in rows}
+    write_rows(file, tensors | {"none": ((0, 4), [torch.empty(0, 4)])})
+    saved = load_file(file)
+    assert all(torch.equal(saved[name], rows[name].mT) for name in rows)
+    assert saved["none"].shape == (0, 4)
+    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # so tensors are aligned
+    assert os.listdir(tmp_path) == [file.name]
 
 
 def test_folders_are_made_and_flushed_with_those_above(

@@ -25,7 +25,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from abe import cli
+from abe import cli, pretrain
 from abe.config import DataConfig, PretrainConfig
 from abe.data.classes import open_classes
 from abe.data.loader import Batch
@@ -341,6 +341,29 @@ def test_it_goes_on_with_what_it_was_begun_with(
     os.truncate(checkpoint, checkpoint.stat().st_size // 2)
     with pytest.raises(InputError, match=f"^{checkpoint} cannot be read .*: begin again in anoth"):
         Pretrainer.resume(tmp_path / "run", SILENT)
+
+
+def have_auto_be(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pretrain, "choose_precision", lambda name, _: precision if name == "auto" else name
+    )
+
+
+def test_it_goes_on_in_its_precision_and_on_another_device_in_that_one_s(
+    photos: Path, tmp_path: Path, stop_after: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where "auto" has become another one, as on a machine that is busy."""
+    run, config = tmp_path / "run", configured(photos, device="cuda", precision="auto")
+    monkeypatch.setattr(pretrain, "choose_device", lambda _: torch.device("cpu"))
+    stop_after(1)
+    have_auto_be("bf16", monkeypatch)
+    assert Pretrainer(config, run, SILENT).fit() is None
+    have_auto_be("fp32", monkeypatch)
+    for device, precision in ((None, "bf16"), ("cuda", "bf16"), ("cpu", "fp32")):
+        resumed = Pretrainer.resume(run, SILENT, device=device)
+        assert resumed.step == 1
+        assert resumed.precision == resumed.config.precision == precision
+        assert resumed.config.device == (device or "cuda")
 
 
 # --- Measured ----------------------------------------------------------------------------------

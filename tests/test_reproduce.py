@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -30,11 +32,18 @@ from abe.model.summary import count_macs
 from abe.paper import table_rows
 from abe.recipes import demo
 from abe.report.reproduced import draw, draw_results
-from abe.report.results_page import results_page
+from abe.report.results_page import _column_names, results_page
 from abe.report.tables import markdown, paper_row, papers_difference, values_of
 from abe.reproduce import Reproduction, Run, departures
 from abe.reproduce import reproduce as run_all
-from abe.results import append_record, is_baseline, method_name, read_records, result_record
+from abe.results import (
+    append_record,
+    divergence_record,
+    is_baseline,
+    method_name,
+    read_records,
+    result_record,
+)
 from abe.selection import select
 from abe.start import build_model
 from abe.train import Trainer
@@ -227,7 +236,7 @@ def test_three_seeds_decide_a_claim() -> None:
     assert (shown.verdict, shown.seeds) == ("shown", 3)
     assert shown.difference is not None
     assert shown.difference.mean == pytest.approx(difference)
-    assert judge(alike, rows).shown == "+0.70 [+0.70, +0.70], 3 seeds"
+    assert judge(alike, rows).shown == "+0.70 [+0.70, +0.70], 3 seeds on these classes"
     assert judge(Claim(claim.less, claim.more), rows).verdict == "refuted"
     assert judge(replace(claim, relation="similar to"), rows).verdict == "refuted"
     assert judge(replace(claim, relation="not above"), rows).verdict == "refuted"
@@ -274,6 +283,82 @@ def test_a_gain_in_a_few_classes_alone_is_not_shown() -> None:
     whole, alone = rows[0].interval(), crossed(before[None] + 0.0, classes)
     assert whole is not None
     assert whole.high - whole.low > 5 * (alone.high - alone.low)
+
+
+def test_learners_are_compared_on_other_classes_where_their_hits_are_known() -> None:
+    """A gain of the learners in 3 of 20 classes alone, which ensembles of other classes lack."""
+    arms = EXPERIMENTS["table2"].arms(4)
+    claim = Claim(arms[0].name, arms[1].name, quantity="learners' recall@1")
+    classes = np.repeat(np.arange(20), 20)
+    before = np.arange(400) % 2 == 0
+    records = {arm.name: [record(arm, seed, before) for seed in range(3)] for arm in arms}
+    for arm, gained in zip(arms, (classes < 3, classes < 0), strict=True):
+        for run in records[arm.name]:
+            run["scores"]["hits@1"]["classes"] = pack_classes(classes)
+            hits = [before, before | gained, before, before | gained]
+            run["scores"]["learners"] = [
+                {"recall@1": float(own.mean()), "hits@1": pack(own)} for own in hits
+            ]
+    judged = judge(claim, rows_of(arms, records))
+    assert judged.difference is not None
+    gain = np.stack(3 * [((before | (classes < 3)).mean() - before.mean()) / 2 + 0 * before])
+    assert judged.difference.mean == pytest.approx(gain.mean())
+    difference = np.stack(3 * [(classes < 3) & ~before]) / 2
+    assert judged.difference == crossed(difference, classes)
+    assert (judged.verdict, judged.shown.count("classes")) == ("not shown", 0)
+    for run in records[arms[0].name]:
+        for learner in run["scores"]["learners"]:
+            del learner["hits@1"]  # an early version's
+    judged = judge(claim, rows_of(arms, records))
+    assert judged.verdict == "shown"
+    assert judged.shown.endswith("3 seeds on these classes")
+
+
+def test_runs_of_the_name_that_early_versions_gave_them_are_seeds_of_the_same_row() -> None:
+    arm = next(a for a in EXPERIMENTS["table3"].arms(4) if a.name == "4-heads^512 with L_div")
+    runs = [record(arm, seed, [True, False]) for seed in range(3)]
+    assert {run["method"] for run in runs} == {"4-heads^512 with divergence"}
+    for early in range(3):
+        named = [run | {"method": "4-heads^512"} if run["seed"] == early else run for run in runs]
+        (row,) = rows_of([arm], {arm.name: named})
+        assert row.found is not None
+        assert row.found.seeds == 3
+
+
+def diverged(arm: Arm, seed: int, rate: float) -> dict[str, Any]:
+    found = record(arm, seed, [True] * 9, rate=rate)
+    told = ("data", "weights", "environment", "images_digest")
+    known = {key: found[key] for key in told}
+    return divergence_record(Config.from_json(found["config"]), step=7, **known)
+
+
+def test_a_rate_at_which_a_seed_diverged_is_chosen_by_no_table_and_no_page() -> None:
+    arms, claim = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)[0]
+    good, fair, poor = ([True] * n + [False] * (9 - n) for n in (9, 5, 1))
+    better, worse = arms
+    lines = [record(worse, seed, fair, rate=0.003) for seed in range(3)]
+    lines += [record(better, seed, poor, rate=0.003) for seed in range(3)]
+    lucky = [record(better, seed, good, rate=0.01) for seed in range(2)]
+
+    def short(records: list[dict[str, Any]]) -> str:
+        page = results_page(records)
+        return next(line for line in page.splitlines() if line.startswith(f"| {claim} |"))
+
+    assert "open +44.4" in short(lines + lucky)
+    wild = [*lines, *lucky, diverged(better, 2, 0.01)]
+    assert "refuted -44.4" in short(wild)
+    assert "1 more runs diverged, and have no result." in results_page(wild)
+    rows = rows_of(arms, {a.name: [r for r in wild if is_of(r, a)] for a in arms})
+    assert judge(claim, rows).mean == "-44.4"
+    assert "its rate is the lowest of 0.003, 0.01" in rows[0].reservations()
+    alone = [*lines[:3], *lucky, diverged(better, 2, 0.01)]  # and no other rate
+    assert "open +44.4" in short(alone)
+    assert "not run here" in short([*lines[:3], diverged(better, 2, 0.01)])
+
+
+def is_of(run: dict[str, Any], arm: Arm) -> bool:
+    weight = run["config"]["train"]["divergence_weight"]
+    return (weight == 0) == ("without" in arm.name)
 
 
 def test_seeds_with_their_queries_in_another_order_are_not_mixed_with_the_others() -> None:
@@ -402,7 +487,8 @@ def test_the_page_says_of_each_claim_what_it_is_from() -> None:
 def test_an_ensemble_is_set_beside_its_own_learners() -> None:
     arms, (*_, gains, _) = EXPERIMENTS["table2"].arms(4), EXPERIMENTS["table2"].claims(4)
     judged = judge(gains, rows_of(arms, better_and_worse(3)))
-    assert (judged.shown, judged.verdict) == ("+10.0 [+10.0, +10.0], 3 seeds", "shown")
+    shown = "+10.0 [+10.0, +10.0], 3 seeds on these classes"
+    assert (judged.shown, judged.verdict) == (shown, "shown")
     assert str(gains) == "recall@1 of ABE-4^512 is above learners' recall@1 of ABE-4^512"
     beside = papers_difference(EXPERIMENTS["table2"], gains, 4, "cars")
     assert beside == "+10.2 (ABE-8^512)"  # 85.2 - 75.0
@@ -573,6 +659,32 @@ def test_networks_that_saw_other_batches_are_said_to_have() -> None:
     assert f"| birds, `small`, protocol `val`: {told} |" in line
 
 
+def test_images_of_one_name_that_were_cut_otherwise_have_columns_and_lines_of_their_own() -> None:
+    better, worse = better_and_worse(3).values()
+    claim = EXPERIMENTS["table2"].claims(4)[0]
+
+    def cut(run: dict[str, Any], size: int) -> dict[str, Any]:
+        config = run["config"] | {"data": run["config"]["data"] | {"resize": size}}
+        return run | {"config": config, "config_digest": f"{run['config_digest']} {size}"}
+
+    swapped = [
+        cut(run, 160) | {"scores": other["scores"]}
+        for run, other in zip(better + worse, worse + better, strict=True)
+    ]
+    page = results_page([*better, *worse, *swapped])
+    short, *told = [line for line in page.splitlines() if line.startswith(f"| {claim} |")]
+    assert page.count("| claim | A | B |\n") == 1
+    assert "- A: birds (resize 128), `small`" in page
+    assert "- B: birds (resize 160), `small`" in page
+    assert re.fullmatch(r".*\| shown \+\S+ \| refuted -\S+ \|", short)
+    assert [line.count("resize 128") for line in told] == [1, 0]
+
+
+def test_there_is_a_name_for_any_number_of_columns() -> None:
+    names = list(itertools.islice(_column_names(), 60))
+    assert (names[0], names[25], names[26], names[59]) == ("A", "Z", "AA", "BH")
+
+
 def test_a_page_of_nothing_judged_has_no_columns() -> None:
     assert "In short" not in results_page([])
 
@@ -712,6 +824,13 @@ def test_a_line_that_was_removed_is_run_alone(table2: Path, tmp_path: Path) -> N
     new = json.loads(lines(table2)[-1])
     assert new["config_digest"] == gone["config_digest"]
     assert new["scores"] == gone["scores"]
+    assert trained(done) == 0  # its network is there, and was scored again
+    (table2 / "results/runs.jsonl").write_text("\n".join(lines(table2)[:-1]) + "\n")
+    (folder,) = table2.glob(f"reproduced/runs/{gone['config_digest']}-*")
+    shutil.rmtree(folder)
+    done = reproduce(table2, "table2")
+    assert (done.returncode, trained(done)) == (0, 1), done.stderr
+    assert json.loads(lines(table2)[-1])["scores"] == gone["scores"]
 
 
 def test_a_row_that_is_named_takes_the_rates_given(tmp_path: Path) -> None:
@@ -769,9 +888,9 @@ def has_found(
         key = run.config.train.lr, run.config.seed
         if run.arm.name == arm and key in recalls:
             if (recall := recalls[key]) is None:
-                folder = planned.folder / "runs" / f"{run.config.digest}-{planned.splits.digest}"
-                folder.mkdir(parents=True)
-                (folder / "diverged.txt").write_text("the loss is nan")
+                found = of_run(run, planned, 0.5) | {"diverged": 7, "scores": {}}
+                ended = found | {"selected_step": None, "selection_recall@1": None}
+                append_record(planned.results, ended)
             else:
                 append_record(planned.results, of_run(run, planned, recall))
 
@@ -1048,6 +1167,86 @@ def test_images_of_a_relative_folder_are_read_once_too(
     assert {id(call.kwargs["splits"]) for call in begin.call_args_list} == {id(own.splits)}
 
 
+def test_a_folder_by_its_dot_has_the_lines_that_its_runs_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(32):
+        file = tmp_path / f"photos/{number % 8}/{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(file)
+    monkeypatch.chdir(tmp_path / "photos")
+    base = demo().with_overrides(["data.source=.", "model.weights=none", "data.val_classes=0.5"])
+    scale = Scale(base, learners=2, rates=(0.01,))
+    own = Reproduction(scale, "small", Path("runs.jsonl"), tmp_path, Console(quiet=True))
+    runs = own.plan(EXPERIMENTS["table2"])
+    assert [run.digest for run in runs] == [run.config.anchored().digest for run in runs]
+    assert {run.config.portable()["data"]["source"] for run in runs} == {"photos"}
+
+
+def test_what_a_run_computes_is_that_of_the_batches_that_it_has(
+    planned: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and twice as much backward of each step, and what is scored, counted by images."""
+    settings = ["train.steps=5", "train.eval_every=2", "model.num_learners=2"]
+    planned.scale = replace(planned.scale, base=planned.scale.base.with_overrides(settings))
+    run = planned.plan(EXPERIMENTS["table2"])[0]
+    classes = len(np.unique(planned.splits.train.labels))
+    assert run.config.train.batch_size == classes * run.config.train.images_per_class < 64
+    evaluated = 4 * len(planned.splits.select)  # before the first step, at 2, 4, and the last one
+    images = 3 * 5 * run.config.train.batch_size + evaluated + len(planned.splits.test)
+    macs = count_macs(build_model(run.config), run.config.data.crop)
+    assert run.gflop == pytest.approx(2 * macs * images / 1e9)
+    untrained = planned.scale.base.with_overrides(["train.steps=0"])
+    planned.scale, planned._gflops = replace(planned.scale, base=untrained), {}
+    (run, *_) = planned.plan(EXPERIMENTS["table2"])
+    assert planned.remaining(run) == run.gflop > 0
+
+
+def test_a_speed_is_that_of_forward_and_backward(
+    planned: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0, 0.5)  # a step takes half a second
+    monkeypatch.setattr("abe.reproduce.time.perf_counter", lambda: next(clock))
+    base = planned.scale.base.with_overrides(["model.num_learners=2", "model.embedding_dim=2"])
+    macs = count_macs(build_model(base), base.data.crop)
+    assert planned.speed() == pytest.approx(3 * 2 * macs * 32 / 1e9 / 0.5)
+
+
+def test_a_budget_is_measured_by_the_runs_that_were_finished(
+    planned: Reproduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run takes twice the prediction, so that of 35 s the second is the last."""
+    clock = [0.0]
+    fig6 = EXPERIMENTS["fig6"]
+    runs = planned.plan(fig6)
+    monkeypatch.setattr("abe.reproduce.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(Reproduction, "speed", lambda _: runs[0].gflop / 5)
+    by_digest = {run.digest: run for run in runs}
+
+    def fit(config: Config) -> dict[str, Any]:
+        clock[0] += 10
+        return of_run(by_digest[config.digest], planned, 0.5)
+
+    trainer = MagicMock(side_effect=lambda config, *_, **__: MagicMock(fit=lambda _: fit(config)))
+    monkeypatch.setattr(Trainer, "begin", trainer)
+    planned.train(fig6, 28, "")
+    assert len(planned._speeds) == 3
+    assert planned._speeds[1:] == pytest.approx([runs[0].gflop / 10] * 2)
+    assert len(read_records(planned.results)) == 2
+
+
+def test_a_line_of_another_start_is_of_no_row(planned: Reproduction) -> None:
+    first, *_ = planned.plan(EXPERIMENTS["table2"])
+    found = of_run(first, planned, 0.5)
+    others = {"source": "others", "sha256": "f" * 16}
+    append_record(planned.results, found | {"config_digest": "of others", "weights": others})
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert f"| {first.arm.name} |  |" in table.read_text()
+    append_record(planned.results, found)
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert f"| {first.arm.name} | 1 |" in table.read_text()
+
+
 def test_scoring_the_test_images_all_along_takes_time(planned: Reproduction) -> None:
     protocol, table2 = (planned.plan(EXPERIMENTS[name])[0] for name in ("protocol", "table2"))
     macs = count_macs(build_model(planned.scale.base.with_overrides(table2.arm.settings)), 64)
@@ -1087,7 +1286,12 @@ def test_a_run_that_diverges_is_not_tried_again(tmp_path: Path) -> None:
     assert (first.returncode, again.returncode) == (0, 0), first.stderr
     assert "lower train.lr" in first.stderr
     assert "lower train.lr" not in again.stderr
-    assert len(lines(tmp_path)) == 2  # raw pixels, and the run at the rate 0.01
+    assert len(lines(tmp_path)) == 3  # raw pixels, and the runs at the two rates
+    told = [line for line in map(json.loads, lines(tmp_path)) if "diverged" in line]
+    assert [line["config"]["train"]["lr"] for line in told] == [1e30]
+    assert told[0]["environment"]["precision"] == "fp32"
+    elsewhere = reproduce(tmp_path, "fig6", *wild, "--out=elsewhere")
+    assert "lower train.lr" not in elsewhere.stderr
 
 
 @pytest.mark.slow

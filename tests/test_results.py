@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,9 @@ from abe.results import (
     append_record,
     best_rate,
     data_title,
+    divergence_record,
+    has_diverged,
+    is_baseline,
     markdown_table,
     method_name,
     read_records,
@@ -164,6 +168,7 @@ def test_a_file_without_results(content: str, message: str, tmp_path: Path) -> N
         ("environment.precision", None),
         ("weights", {"source": "x.pth"}),
         ("scores.hits@1", {"queries": 9, "bits": "AA=="}),
+        ("scores.learners", [{"recall@1": 1.0, "hits@1": pack(np.ones(3, bool))}]),
         ("scores.hits@1.classes", "x"),
         ("scores.hits@1.classes", pack_classes(np.arange(3))),
     ],
@@ -281,6 +286,47 @@ def test_the_rate_is_picked_by_the_mean_selection_recall() -> None:
     assert found.record["config"]["train"]["lr"] == 0.1
     assert found.seeds == 2
     assert found.scores["recall@1"] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations((0.1, 0.2, 0.3))))
+def test_which_rate_is_best_is_no_question_of_their_order(names: tuple[float, ...]) -> None:
+    most, slightly, clearly = names
+    recalls = {most: {0: 0.5, 1: 0.5, 2: 0.5}, slightly: {0: 0.51}, clearly: {1: 0.9}}
+    assert best_rate(recalls) == clearly
+    assert best_rate(recalls | {clearly: {7: 0.9}}) == slightly  # which is of no seed of theirs
+    assert best_rate(recalls | {slightly: {0: 0.9}, clearly: {1: 0.9, 2: 0.9}}) == clearly
+    assert best_rate({rate: {0: 0.5} for rate in names}) == 0.1
+
+
+def test_a_seed_that_diverged_leaves_its_rate_to_those_without_another() -> None:
+    tame = [record("train.lr=0.1", f"seed={seed}", selection=0.4) for seed in (0, 1)]
+    lucky = record("train.lr=0.2", "seed=0", selection=0.9)
+    known = {key: lucky[key] for key in ("data", "weights", "environment", "images_digest")}
+    config = Config().with_overrides(["model.num_learners=2", "train.lr=0.2", "seed=1"])
+    lost = divergence_record(config, step=3, **known)
+    assert not is_baseline(lost)
+    (found,) = summarize([*tame, lucky, lost])
+    assert (list(found.runs), found.rates) == (tame, (0.1, 0.2))
+    (found,) = summarize([lucky, lost])
+    assert list(found.runs) == [lucky]
+    assert summarize([lost]) == []
+    (found,) = summarize([*tame, lucky, lost, lucky | {"seed": 1}])  # it was run again
+    assert [run["seed"] for run in found.runs] == [0, 1]
+    assert found.rates == (0.1, 0.2)
+    assert found.record["config"]["train"]["lr"] == 0.2
+
+
+def test_a_run_that_diverged_is_a_line_like_others(tmp_path: Path) -> None:
+    own = record()
+    known = {key: own[key] for key in ("data", "weights", "environment", "images_digest")}
+    lost = divergence_record(Config(), step=3, **known)
+    append_record(tmp_path / "runs.jsonl", lost)
+    assert read_records(tmp_path / "runs.jsonl") == [lost]
+    assert has_diverged(lost)
+    assert not has_diverged(own)
+    append_record(tmp_path / "runs.jsonl", {k: v for k, v in lost.items() if k != "images_digest"})
+    with pytest.raises(InputError, match=r"runs\.jsonl, line 2 is no result"):
+        read_records(tmp_path / "runs.jsonl")
 
 
 def test_what_differs_in_more_than_seed_and_rate_is_not_averaged() -> None:

@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from abe import train
+from abe import evaluate, train
 from abe.checkpoint import checkpoints, load_selected
 from abe.config import Config, TrainConfig
 from abe.data.loader import Batch
@@ -36,7 +36,8 @@ from abe.files import read_json_lines, write_json
 from abe.losses import ensemble_loss
 from abe.model import AttentionEnsemble
 from abe.optimizer import lr_factor
-from abe.run_folder import read_log, recorded_precision
+from abe.results import trained_in
+from abe.run_folder import read_log, recorded_precision, stretches
 from abe.train import GateStatistics, Trainer
 
 SILENT = Console(quiet=True)
@@ -333,6 +334,58 @@ def test_precision_is_that_of_the_device_it_was_recorded_on(tmp_path: Path) -> N
     assert recorded_precision(tmp_path, torch.device("cpu")) == "auto"
     write_json(tmp_path / "environment.json", {"precision": "fp32"})  # of an early version
     assert recorded_precision(tmp_path, torch.device("cpu")) == "fp32"
+
+
+def test_a_record_says_in_what_each_part_of_its_run_was_trained(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not only what finished it, or scored it again."""
+
+    def at(commit: str) -> None:
+        monkeypatch.setattr(train, "environment", lambda device: own | {"commit": commit})
+        monkeypatch.setattr(evaluate, "environment", lambda device: own | {"commit": commit})
+
+    own = train.environment(torch.device("cpu"))
+    alone = json.loads((finished / "result.json").read_text())["environment"]
+    assert "stretches" not in alone
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(checkpoints(run)[-1])
+    begun = Trainer.resume(run, SILENT).step
+    at("later")
+    record = Trainer.resume(run, SILENT).fit()
+    assert record is not None
+    told = record["environment"]["stretches"]
+    expected = [(0, alone["commit"]), (begun, "later")]
+    if record["selected_step"] <= begun:  # what came later is not in that network
+        expected = expected[:1]
+    assert [(each["from_step"], each["commit"]) for each in told] == expected
+    at("much later")
+    scored = evaluate_run(run)
+    again = Trainer.resume(run, SILENT).fit()
+    assert again is not None
+    for found in (scored, again):
+        assert found["environment"]["commit"] == "much later"
+        assert found["environment"]["stretches"] == told
+    assert [each["commit"] for each in trained_in(again)] == [commit for _, commit in expected]
+    kept = json.loads((run / "environment.json").read_text())["stretches"]
+    assert [(each["from_step"], each["commit"]) for each in kept] == [
+        (0, alone["commit"]),
+        (begun, "later"),
+    ]
+
+
+def test_steps_that_are_done_again_are_of_what_does_them_again() -> None:
+    first, second = {"commit": "a", "device": "cpu"}, {"commit": "b", "device": "cpu"}
+    begun = stretches({}, first, 0)
+    assert begun == [{"from_step": 0, **first}]
+    assert stretches({"stretches": begun}, first, 40) == begun
+    both = stretches({"stretches": begun}, second, 80)
+    assert both == [*begun, {"from_step": 80, **second}]
+    assert stretches({"stretches": both}, first, 40) == begun
+    assert stretches({"stretches": both}, first, None) == both
+    early = {"commit": "a", "device": "cpu", "weights": None}  # an early version's, of the last one
+    assert stretches(early, second, 40) == [*begun, {"from_step": 40, **second}]
 
 
 def test_another_device_can_be_named_for_a_run(finished: Path) -> None:

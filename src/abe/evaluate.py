@@ -29,6 +29,7 @@ from abe.model.ensemble import AttentionEnsemble, concat
 from abe.ranks import Part, Ranks, share
 from abe.results import method_name, result_record
 from abe.run_folder import (
+    add_stretches,
     add_test_pick,
     checkpoint_of_first,
     read_images,
@@ -242,8 +243,14 @@ def score(
 
     Returns:
         {"ensemble": metrics, "learners": [metrics, ...], "similarity": mean cosines, "hits@1": of
-        the ensemble's queries}, see `metrics`, `similarity` and `abe.intervals.pack`.
+        the ensemble's queries}, see `metrics`, `similarity` and `abe.intervals.pack`. Of several
+        learners each has its own "hits@1" among its metrics.
     """
+
+    def alone(learner: Tensor, own_gallery: Tensor | None) -> dict[str, Any]:
+        found, hits = metrics(learner, classes, ks, own_gallery, gallery_labels, ranks)
+        return found | {"hits@1": pack(hits)}
+
     classes = torch.as_tensor(labels)
     learners = embeddings.unbind(1)
     galleries = [None] * len(learners) if gallery is None else gallery.unbind(1)
@@ -251,12 +258,7 @@ def score(
     ensemble, hits = metrics(concat(embeddings), classes, ks, whole, gallery_labels, ranks)
     return {
         "ensemble": ensemble,
-        "learners": [
-            metrics(learner, classes, ks, own_gallery, gallery_labels, ranks)[0]
-            for learner, own_gallery in zip(learners, galleries, strict=True)
-        ]
-        if len(learners) > 1
-        else [ensemble],
+        "learners": list(map(alone, learners, galleries)) if len(learners) > 1 else [ensemble],
         "similarity": similarity(embeddings, classes, ranks),
         "hits@1": pack(hits),
     }
@@ -402,6 +404,7 @@ def evaluate_run(
         precision=precision,
         ranks=ranks,
     ).record
+    add_stretches(record, run, ranks)
     if facts is None and method is None:
         add_test_pick(record, run, ranks)
     return record

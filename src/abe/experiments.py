@@ -535,7 +535,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         tuned=False,
     ),
     "fig7c": Experiment(
-        "the divergence loss's weight, with Eq. 10 as printed and balanced",
+        "the divergence loss's weight, with Eq. 10 as printed and balanced, each at one rate",
         _lambdas,
         lambda most: _lambdas_peak("1")(most) + _lambdas_peak("0.1", ", balanced")(most),
         tuned=False,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import secrets
+import struct
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,6 +134,29 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.encode().ljust(size))
 
 
+def write_rows(path: Path, tensors: Mapping[str, tuple[Sequence[int], Iterable[Tensor]]]) -> None:
+    """Replace a safetensors file as one step, with rows that together need not fit in memory.
+
+    safetensors itself writes whole tensors only, so this puts its format together: the size of the
+    header, the header, and the tensors one after the other.
+
+    Args:
+        path: the file.
+        tensors: the shape of each, and its rows in order, in blocks of float32 on the CPU.
+    """
+    header, end = {}, 0
+    for name, (shape, _) in tensors.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replaced(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, blocks in tensors.values():
+            for block in blocks:
+                file.write(block.contiguous().numpy().astype("<f4", copy=False).data)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, that a power cut does not take away again."""
     if not path.is_dir():
@@ -204,8 +230,11 @@ def _lock(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside a file: what is written there takes its place and mode, or is removed again."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A name beside a file: what is written there takes its place and mode, or is removed again.
+
+    Of random bits: processes of machines or containers that share a folder can have one number.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.randbits(64)}.part")
     try:
         beside.touch()
         mode = (path if path.exists() else beside).stat().st_mode

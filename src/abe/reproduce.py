@@ -9,10 +9,11 @@ chooses.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ from abe.results import (
     data_title,
     differing,
     flatten,
+    has_diverged,
     is_baseline,
     read_records,
 )
+from abe.run_folder import alone
 from abe.runtime import autocast, choose_device, choose_precision, keep_freed_memory
 from abe.selection import by_images_and_start, counts, runs_of_arms
 from abe.start import build_model
@@ -53,7 +56,6 @@ _CHOSEN_BY = {
     "both": "held-out training classes",
     "paper": "the test images, which flatters",
 }
-DIVERGED = "diverged.txt"  # in the folder of a run that is not tried again
 _LISTED_APART = ("recipe", "train.lr", "precision", "seed", "data.source")
 _OF_DRAWN = ("data.synthetic_classes", "data.synthetic_images")
 
@@ -101,13 +103,14 @@ class Reproduction:
     _speeds: list[float] = field(init=False, default_factory=list)  # GFLOP a second, of the last
 
     def __post_init__(self) -> None:
-        base = self.scale.base
+        base = self.scale.base.anchored()  # as a run has it: a line says what "." was
+        self.scale = replace(self.scale, base=base)
         self.splits = open_splits(base.data, base.protocol, self.console)
 
     def plan(self, experiment: Experiment) -> list[Run]:
         """All trainings of an experiment, one seed after the other."""
         return [
-            Run(arm, config, config.digest, self._gflop(arm))
+            Run(arm, config, config.digest, self._gflop(arm, config))
             for seed in self._seeds
             for arm in experiment.arms(self.scale.learners)
             for config in self._configs(arm, experiment.rates(arm, self.scale), seed)
@@ -161,28 +164,35 @@ class Reproduction:
             folder = self._run_folder(run.digest)
             begun = bool(checkpoints(folder))
             try:
-                record = Trainer.begin(
-                    config, folder, self.console, splits=self._splits_of(config)
-                ).fit(go_on)
+                splits = self._splits_of(config)
+                record = self._fit(
+                    Trainer.begin(config, folder, self.console, splits=splits), go_on
+                )
+                if record is None:
+                    return False
+                with alone(folder):
+                    if self.missing([run]):  # or another process has scored it meanwhile
+                        append_record(self.results, record)
             except TakenError:
                 told = f"{folder} is left to the process that trains it"
                 self.console.print(told, markup=False, highlight=False, soft_wrap=True)
                 continue
-            except DivergedError as error:
-                self.console.print(f"{error}", markup=False)
-                replace_text(folder / DIVERGED, f"{error}\n")
-                continue
-            if record is None:
-                return False
-            if self.missing([run]):  # or another process has scored it meanwhile
-                append_record(self.results, record)
-            if not begun:
+            if not begun and not has_diverged(record):
                 speed = run.gflop / (time.monotonic() - started)
                 self._speeds = [*self._speeds, speed][-5:]
 
+    def _fit(self, trainer: Trainer, go_on: str) -> dict[str, Any] | None:
+        """The line of a run, of one that diverged too; None if a signal stopped it."""
+        try:
+            return trainer.fit(go_on)
+        except DivergedError as error:
+            self.console.print(f"{error}", markup=False)
+            return trainer.divergence_record()
+
     def remaining(self, run: Run) -> float:
         """GFLOP, of a run that was interrupted those of the steps that are left."""
-        return run.gflop * (1 - steps_saved(self._run_folder(run.digest)) / run.config.train.steps)
+        steps = run.config.train.steps
+        return run.gflop * (1 - steps_saved(self._run_folder(run.digest)) / max(1, steps))
 
     def score_baselines(self) -> None:
         """Raw pixels and the pretrained start, if they have no line."""
@@ -210,13 +220,6 @@ class Reproduction:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
         left = self._left(runs)
-        unstable: dict[str, set[float]] = {}  # rates of each arm
-        for run in left["diverged"]:
-            unstable.setdefault(run.arm.name, set()).add(run.config.train.lr)
-        for arm_name, rates in unstable.items():
-            own = records[arm_name]
-            stable = [r for r in own if r["config"]["train"]["lr"] not in rates]
-            records[arm_name] = stable or own
         arms = experiment.arms(self.scale.learners)
         rows = rows_of([*baselines.values(), *arms], records)
         judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
@@ -241,7 +244,7 @@ class Reproduction:
             markdown(values),
             *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
             *(note for state, note in notes.items() if left[state]),
-            *self._reservations(experiment, rows, unstable),
+            *self._reservations(experiment, rows),
             "Departs from the paper's setting: "
             + ("; ".join(self.departures(experiment)) or "nowhere")
             + ". The paper gives no rate, length or weight decay: those of `full` are ours; and "
@@ -319,17 +322,10 @@ class Reproduction:
         model = config.model.model_copy(update={"weights": self.scale.base.model.weights})
         return config.model_copy(update={"model": model}).digest == record["config_digest"]
 
-    def _reservations(
-        self, experiment: Experiment, rows: Sequence[Row], diverged: Mapping[str, Collection[float]]
-    ) -> list[str]:
+    def _reservations(self, experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         """A line of why rows may do better than they did, if there are such."""
         told = reservations(
-            {
-                row.arm.name: row.reservations(
-                    experiment.rates(row.arm, self.scale), diverged.get(row.arm.name, ())
-                )
-                for row in rows
-            }
+            {row.arm.name: row.reservations(experiment.rates(row.arm, self.scale)) for row in rows}
         )
         return [f"May be better than it is here: {told}."] if told else []
 
@@ -349,28 +345,20 @@ class Reproduction:
         return range(first, first + self.seeds)
 
     def _left(self, runs: Sequence[Run]) -> dict[str, list[Run]]:
-        """The runs that have no line: "missing", "diverged", or of a rate that is "given up"."""
-        recalls = {
-            record["config_digest"]: record["selection_recall@1"] or 0.0
-            for record in self._records()
-            if not is_baseline(record)
-        }
-        digests = [run.digest for run in runs]
-        left = set(digests) - recalls.keys()
-        diverged = {digest for digest in left if self._diverged(digest)}
-        recalls |= dict.fromkeys(diverged, 0.0)
+        """The runs without a result: "missing", "diverged", or of a rate that is "given up"."""
+        records = {r["config_digest"]: r for r in self._records() if not is_baseline(r)}
         tried: dict[str, dict[float, dict[int, float]]] = {}  # arm -> rate -> seed -> Recall@1
-        for run, digest in zip(runs, digests, strict=True):
-            if digest in recalls:
+        for run in runs:
+            if record := records.get(run.digest):
                 of_rate = tried.setdefault(run.arm.name, {}).setdefault(run.config.train.lr, {})
-                of_rate[run.config.seed] = recalls[digest]
+                of_rate[run.config.seed] = record["selection_recall@1"] or 0.0
         found: dict[str, list[Run]] = {"missing": [], "diverged": [], "given up": []}
-        for run, digest in zip(runs, digests, strict=True):
-            if digest in diverged:
-                found["diverged"].append(run)
-            elif digest in left:
+        for run in runs:
+            if run.digest not in records:
                 late = self._is_given_up(run, tried.get(run.arm.name, {}))
                 found["given up" if late else "missing"].append(run)
+            elif has_diverged(records[run.digest]):
+                found["diverged"].append(run)
         return found
 
     def _is_given_up(self, run: Run, by_rate: Mapping[float, Mapping[int, float]]) -> bool:
@@ -401,15 +389,9 @@ class Reproduction:
             for rate in rates
         ]
 
-    def _diverged(self, digest: str) -> bool:
-        return (self._run_folder(digest) / DIVERGED).exists()
-
     def _splits_of(self, config: Config) -> Splits | None:
         """Those of the base, if the run has the same; they are read once then."""
-        own, base = (
-            (each.data, each.protocol == "paper")
-            for each in (config.anchored(), self.scale.base.anchored())
-        )
+        own, base = ((each.data, each.protocol == "paper") for each in (config, self.scale.base))
         return self.splits if own == base else None
 
     def _run_folder(self, digest: str) -> Path:
@@ -427,13 +409,13 @@ class Reproduction:
             and "trained_on" not in record["data"]
         ]
 
-    def _gflop(self, arm: Arm) -> float:
+    def _gflop(self, arm: Arm, config: Config) -> float:
+        """Of a run of an arm, which is the same of every rate and seed."""
         if arm not in self._gflops:
-            config = self.scale.base.with_overrides(arm.settings)
             with torch.device("meta"):
                 macs = count_macs(build_model(config), config.data.crop)
             train = config.train
-            evaluations = train.steps // train.eval_every + 1
+            evaluations = math.ceil(train.steps / train.eval_every) + 1
             gallery = 0 if self.splits.gallery is None else len(self.splits.gallery)
             tested = len(self.splits.test) + gallery
             scored = len(self.splits.select) + tested * (config.protocol == "both")

@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import statistics
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -25,7 +24,7 @@ from abe.checkpoint import Best
 from abe.config import Config
 from abe.data.decode import printable
 from abe.errors import InputError
-from abe.files import append_json_line, read_json_lines, replaced, write_json
+from abe.files import append_json_line, read_json_lines, write_json, write_rows
 from abe.intervals import unpack, unpack_classes
 from abe.ranks import Ranks
 from abe.runtime import resume_command, typed
@@ -91,6 +90,11 @@ def result_record(
     }
 
 
+def divergence_record(config: Config, *, step: int, **known: Any) -> dict[str, Any]:
+    """The line of a run that diverged after so many steps; `known` is as in `result_record`."""
+    return result_record(config, scores={}, best=None, **known) | {"diverged": step}
+
+
 def write_result(
     folder: Path,
     record: dict[str, Any],
@@ -123,7 +127,13 @@ def write_result(
     writing = saved
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_rows(saved, tensors)
+        write_rows(
+            saved,
+            {
+                name: ((len(rows), *rows.own.shape[1:]), rows.parts())
+                for name, rows in tensors.items()
+            },
+        )
         writing = result
         write_json(result, record)
     except OSError as error:
@@ -137,29 +147,13 @@ def write_result(
         ) from None
 
 
-def _write_rows(path: Path, tensors: Mapping[str, Shards]) -> None:
-    """Replace a safetensors file as one step, with only one rank's rows in memory at a time."""
-    header, end = {}, 0
-    for name, rows in tensors.items():
-        shape = len(rows), *rows.own.shape[1:]
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replaced(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for rows in tensors.values():
-            for part in rows.parts():
-                file.write(part.contiguous().numpy().astype("<f4", copy=False).data)
-
-
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a result to a `runs.jsonl`."""
     append_json_line(path, record)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The results in a `runs.jsonl`.
+    """The results in a `runs.jsonl`, and the runs that ended without one: see `has_diverged`.
 
     Raises:
         InputError: the file cannot be read or has none, or a line is no result.
@@ -170,14 +164,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         try:
             markdown_table(summarize([record]))
-            Config.from_json(record["config"])
+            if record["config"]["seed"] != record["seed"]:
+                raise ValueError(f"config.seed {record['config']['seed']}")
             if not 0 <= float(record["selection_recall@1"] or 0) <= 1:
                 raise ValueError(f"selection_recall@1 {record['selection_recall@1']}")
-            if "hits@1" in record["scores"]:
-                _ = record["images_digest"], record["date"]
+            hits = record["scores"].get("hits@1")
+            if hits or has_diverged(record):
+                _ = record["images_digest"], record["date"], record["data"]["train_classes"]
                 _ = record["environment"]["commit"], record["environment"]["precision"]
-                hits = record["scores"]["hits@1"]
+            if hits:
                 queries = len(unpack(hits))
+                for own in record["scores"]["learners"]:
+                    if "hits@1" in own and len(unpack(own["hits@1"])) != queries:
+                        raise ValueError(f"hits@1 of a learner on other queries than the {queries}")
                 if "classes" in hits and len(unpack_classes(hits["classes"])) != queries:
                     raise ValueError(f"classes of other queries than the {queries}")
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -272,7 +271,7 @@ class Summary:
 
     Attributes:
         runs: the records of the chosen rate, in the order of their seeds.
-        rates: learning rates that were tried.
+        rates: learning rates that were tried, those that diverged too.
         scores: name of a score -> its mean over the seeds; see `summarize`.
         spread: the same scores -> their standard deviation, 0 for one seed.
     """
@@ -298,34 +297,41 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
 
     A run that was scored again counts once: the last record of a seed and rate is taken.
     Of several learning rates the one with the best Recall@1 on the images that the protocol selects
-    by is kept, on average over the seeds that have tried it and the others. Scores are those of the
-    ensemble that all of the seeds have, "learner recall@1" and "best learner recall@1" (mean and
-    maximum of the learners) and "learner cosine".
+    by is kept: see `best_rate`. One at which a seed diverged is kept only where there is no other.
+    Scores are those of the ensemble that all of the seeds have, "learner recall@1" and "best
+    learner recall@1" (mean and maximum of the learners) and "learner cosine".
     """
     groups: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
     for record in records:
         own = _settings(record)
         if record["weights"]:  # whatever their file is called
             own["model.weights"] = record["weights"]["sha256"]
-        key = json.dumps([record["method"], record["data"], own], sort_keys=True)
+        key = json.dumps([method_of(record), record["data"], own], sort_keys=True)
         rate, seed = float(record["config"]["train"]["lr"]), int(record["seed"])
         groups.setdefault(key, {}).setdefault(rate, {})[seed] = record
     summaries = []
-    for by_seed in groups.values():
-        by_rate = {rate: [runs[seed] for seed in sorted(runs)] for rate, runs in by_seed.items()}
+    for tried in groups.values():
+        finished = {
+            rate: {seed: runs[seed] for seed in sorted(runs) if not has_diverged(runs[seed])}
+            for rate, runs in tried.items()
+        }
+        stable = {rate: runs for rate, runs in finished.items() if len(runs) == len(tried[rate])}
+        by_rate = stable or {rate: runs for rate, runs in finished.items() if runs}
+        if not by_rate:
+            continue
         best = best_rate(
             {
                 rate: {seed: run["selection_recall@1"] or 0.0 for seed, run in runs.items()}
-                for rate, runs in by_seed.items()
+                for rate, runs in by_rate.items()
             }
         )
-        values = [_scores(record) for record in by_rate[best]]
+        values = [_scores(record) for record in by_rate[best].values()]
         names = [name for name in values[0] if all(name in value for value in values)]
         columns = {name: [value[name] for value in values] for name in names}
         summaries.append(
             Summary(
-                runs=tuple(by_rate[best]),
-                rates=tuple(sorted(by_rate)),
+                runs=tuple(by_rate[best].values()),
+                rates=tuple(sorted(tried)),
                 scores={name: statistics.fmean(column) for name, column in columns.items()},
                 spread={
                     name: statistics.stdev(column) if len(column) > 1 else 0.0
@@ -338,7 +344,7 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[Summary]:
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """What scores of a method depend on but for seed and learning rate."""
-    settings = flatten(record["config"])
+    settings = flatten(Config.from_json(record["config"]).portable())
     del settings["recipe"], settings["seed"], settings["train.lr"]
     if is_baseline(record):
         settings = {k: v for k, v in settings.items() if k.startswith(("data.", "protocol"))}
@@ -361,25 +367,47 @@ def start_name(weights: dict[str, str] | None) -> str:
 
 def is_baseline(record: dict[str, Any]) -> bool:
     """Whether a result is of what was not trained."""
-    return record["selected_step"] is None
+    return record["selected_step"] is None and not has_diverged(record)
+
+
+def has_diverged(record: dict[str, Any]) -> bool:
+    """Whether a line is of a run that ended without a result, for it diverged."""
+    return "diverged" in record
+
+
+def trained_in(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The environments that a run was trained in, one after the other: see `add_stretches`."""
+    environment = record["environment"]
+    stretches: list[dict[str, Any]] = environment.get("stretches", [environment])
+    return stretches
+
+
+def method_of(record: dict[str, Any]) -> str:
+    """What a result is of, by the name that it has now: early ones lack " with divergence"."""
+    method, name = str(record["method"]), method_name(Config.from_json(record["config"]))
+    early = method == name.removesuffix(" with divergence") and not is_baseline(record)
+    return name if early else method
 
 
 def best_rate(by_rate: Mapping[float, Mapping[int, float]]) -> float:
-    """Which rate is best on held-out classes, each two by the seeds that they have in common.
+    """Which rate is best on held-out classes, by the seeds that each shares with the most tried.
 
     That with the most seeds is beaten by another that some of them have tried, even if others have
     not yet: what is said of the method then is of fewer seeds. Of equals that with the most seeds
-    is taken, or the lowest.
+    is taken, or the lowest; one that shares no seed is behind all that do.
 
     Args:
         by_rate: Recall@1 on held-out classes by rate and seed.
     """
-    best, *others = sorted(by_rate, key=lambda rate: (-len(by_rate[rate]), rate))
-    for rate in others:
-        shared = by_rate[rate].keys() & by_rate[best].keys()
-        own, before = (math.fsum(by_rate[each][seed] for seed in shared) for each in (rate, best))
-        best = rate if own > before else best
-    return best
+    most_tried = max(by_rate, key=lambda rate: (len(by_rate[rate]), -rate))
+
+    def ahead(rate: float) -> tuple[float, int, float]:
+        recalls, others = by_rate[rate], by_rate[most_tried]
+        gains = [recalls[seed] - others[seed] for seed in sorted(recalls.keys() & others.keys())]
+        gain = math.fsum(gains) / len(gains) if gains else -math.inf
+        return gain, len(recalls), -rate
+
+    return max(by_rate, key=ahead)
 
 
 def _scores(record: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +40,34 @@ def require_outside_images(folder: Path, data: DataConfig) -> None:
         require_outside(folder, images)
 
 
+def read_environment(run: Path) -> dict[str, Any]:
+    """environment.json of a run; nothing if there is none."""
+    file = run / ENVIRONMENT
+    return read_json(file) if file.exists() else {}
+
+
+def stretches(
+    told: Mapping[str, Any], now: Mapping[str, Any], step: int | None
+) -> list[dict[str, Any]]:
+    """The environments that a run was trained in, each with the step that it began "from_step".
+
+    Args:
+        told: environment.json as it was; nothing at the beginning.
+        now: see `abe.runtime.environment`.
+        step: from which `now` trains; None if the training is complete.
+    """
+    before = told.get("stretches") or [{"from_step": 0, **{k: told.get(k) for k in now}}]
+    if step is None:
+        return list(before)
+    before = [each for each in before if each["from_step"] < step]
+    if before and all(before[-1].get(key) == value for key, value in now.items()):
+        return before
+    return [*before, {"from_step": step, **now}]
+
+
 def recorded_precision(run: Path, device: torch.device) -> Literal["auto", "fp32", "bf16"]:
     """What the run computes in, if environment.json says it of such a device; else "auto"."""
-    file = run / ENVIRONMENT
-    told = read_json(file) if file.exists() else {}
+    told = read_environment(run)
     of_such = told.get("device", device.type) == device.type  # early versions do not say it
     found = told.get("precision") if of_such else None
     return "fp32" if found == "fp32" else "bf16" if found == "bf16" else "auto"
@@ -110,6 +135,20 @@ def require_same_images(path: Path, splits: Splits) -> None:
             "begun, so that classes it has learned may be among the test's: put them back as they "
             "were, or train a new run"
         )
+
+
+def add_stretches(record: dict[str, Any], run: Path, ranks: Ranks) -> None:
+    """Say in a record what its network was trained in, if it was not scored in the same alone.
+
+    Raises:
+        InputError: environment.json cannot be read.
+    """
+    found = read_environment(run).get("stretches", []) if ranks.first else []
+    found, scored_in = ranks.from_first(found), record["environment"]
+    last = record["selected_step"]
+    found = [each for each in found if last is None or each["from_step"] < max(1, last)]
+    if any(each.get(key) != value for each in found for key, value in scored_in.items()):
+        record["environment"] = scored_in | {"stretches": found}
 
 
 def add_test_pick(record: dict[str, Any], run: Path, ranks: Ranks) -> None:

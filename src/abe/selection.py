@@ -14,19 +14,29 @@ from abe.config import Config
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError
 from abe.experiments import Arm, Experiment, Scale, full, get_experiments, small
-from abe.results import RANDOM, flatten, is_baseline, method_name, start_name, weights_name
+from abe.results import (
+    RANDOM,
+    flatten,
+    has_diverged,
+    is_baseline,
+    method_name,
+    method_of,
+    start_name,
+    weights_name,
+)
 
 
 def counts(record: dict[str, Any]) -> bool:
-    """Whether a record is a run's, or a baseline's, and holds what intervals are made of.
+    """Whether a record is a run's that diverged, or holds what intervals are made of.
 
     Lines of early versions do not, and those of a checkpoint that its run did not select are none.
     """
-    if "hits@1" not in record["scores"]:
-        return False
-    name = method_name(Config.from_json(record["config"]))
-    known = name, name.removesuffix(" with divergence")  # early versions did not say it
-    return is_baseline(record) or record["method"] in known
+    if has_diverged(record):
+        return True
+    own = is_baseline(record) or method_of(record) == method_name(
+        Config.from_json(record["config"])
+    )
+    return own and "hits@1" in record["scores"]
 
 
 def by_images_and_start(

@@ -57,20 +57,23 @@ from abe.model.ensemble import AttentionEnsemble, concat
 from abe.optimizer import build_optimizer, set_rate, warm_up
 from abe.progress import step_progress
 from abe.ranks import LostRankError, Ranks, share
-from abe.results import write_result
+from abe.results import divergence_record, write_result
 from abe.run_folder import (
     ENVIRONMENT,
     IMAGES,
     LOCK,
     LOG,
     TEST_RECALL,
+    add_stretches,
     add_test_pick,
     alone,
     checkpoint_of_first,
     forget_later_steps,
+    read_environment,
     recorded_precision,
     require_outside_images,
     require_same_images,
+    stretches,
 )
 from abe.runtime import (
     Precision,
@@ -562,13 +565,15 @@ class Trainer:
         write_json(self.run / "config.json", self.config.to_json())
         replace_text(self.run / "weights.txt", f"{self.start.report}\n")
         self.console.print(self.start.report, markup=False, highlight=False)
-        details = environment(self.device) | {
-            "precision": self.precision,
-            "ranks": self.ranks.size,
+        now = self._environment()
+        told = {} if self.best is None else read_environment(self.run)
+        done = self.step == self.config.train.steps
+        details = {
             "data": self.splits.describe(),
             "weights": self.start.origin,
+            "stretches": stretches(told, now, None if done else self.step),
         }
-        write_json(self.run / ENVIRONMENT, details)
+        write_json(self.run / ENVIRONMENT, now | details)
         if self.splits.skipped:
             self.console.print(f"{self.splits.skipped} unreadable files are left out")
 
@@ -684,8 +689,25 @@ class Trainer:
             ranks=self.ranks,
         )
         add_test_pick(evaluation.record, self.run, self.ranks)
+        add_stretches(evaluation.record, self.run, self.ranks)
         write_result(self.run, *evaluation, self.ranks)
         return evaluation.record
+
+    def divergence_record(self) -> dict[str, Any]:
+        """The line of a run that ended in a `DivergedError`, in place of its result."""
+        record = divergence_record(
+            self.config,
+            step=self.step,
+            data=self.splits.describe(),
+            images_digest=self.splits.digest,
+            weights=self.start.origin,
+            environment=self._environment(),
+        )
+        add_stretches(record, self.run, self.ranks)
+        return record
+
+    def _environment(self) -> dict[str, Any]:
+        return environment(self.device) | {"precision": self.precision, "ranks": self.ranks.size}
 
     def _refuse(self, problem: str, batch: Batch) -> None:
         names = [self.splits.train.describe(int(index)) for index in batch.indices]

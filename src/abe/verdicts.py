@@ -22,7 +22,7 @@ from abe.intervals import (
     unpack,
     unpack_classes,
 )
-from abe.results import Summary, is_baseline, summarize
+from abe.results import Summary, has_diverged, is_baseline, summarize
 from abe.selection import counts
 
 MIN_SEEDS = 3  # below that a claim is left open
@@ -62,26 +62,23 @@ class Row:
         samples = self.samples("recall@1")
         return crossed(np.stack(list(samples.values())), _classes(self._runs)) if samples else None
 
-    def reservations(
-        self, planned: Collection[float] = (), diverged: Collection[float] = ()
-    ) -> list[str]:
+    def reservations(self, planned: Collection[float] = ()) -> list[str]:
         """Why an arm may do better than its figures: "the start itself was picked in 2 of 3".
 
         Args:
             planned: learning rates to choose from.
-            diverged: those of them that were tried and lost.
         """
         if self.found is None or is_baseline(self.found.record):
             return []
         notes = []
         if at_start := sum(run["selected_step"] == 0 for run in self._runs):
             notes.append(f"the start itself was picked in {at_start} of {len(self._runs)}")
-        rates = sorted({*self.found.rates, *diverged})
+        rates = self.found.rates
         chosen = self.found.record["config"]["train"]["lr"]
         if len(rates) > 1 and chosen in (rates[0], rates[-1]):
             end = "lowest" if chosen == rates[0] else "highest"
             notes.append(f"its rate is the {end} of {', '.join(f'{each:g}' for each in rates)}")
-        if untried := sorted({*planned} - {*rates}):
+        if untried := sorted({*planned}.difference(rates)):
             notes.append(f"no run at {', '.join(f'{each:g}' for each in untried)}")
         return notes
 
@@ -113,6 +110,7 @@ class Judged:
             return f"[{self._points(found.low)}, {self._points(found.high)}]"
 
         seeds = f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        seeds += " on these classes" * (self.bootstrapped is None)
         if not np.isfinite(self.difference.low):  # nothing follows from one seed's mean
             return f"{self.mean}, {seeds}"
         drawn = self.bootstrapped
@@ -144,7 +142,10 @@ def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
     if quantity == "recall@1":
         return unpack(scores["hits@1"]).astype(np.float64)
     if quantity == "learners' recall@1":
-        return np.array([np.mean([learner["recall@1"] for learner in scores["learners"]])])
+        learners = scores["learners"]
+        if all("hits@1" in learner for learner in learners):
+            return np.mean([unpack(learner["hits@1"]) for learner in learners], axis=0)
+        return np.array([np.mean([learner["recall@1"] for learner in learners])])
     if quantity == PICKED:
         picked = scores.get("test_picked")
         return np.array([picked["recall@1"]] if picked else [])
@@ -161,10 +162,14 @@ def rows_of(arms: Iterable[Arm], records: Mapping[str, Sequence[dict[str, Any]]]
     rows = []
     for arm in arms:
         latest = {r["config_digest"]: r for r in records.get(arm.name, ()) if counts(r)}
-        orders = collections.Counter(pair_of(record)[1] for record in latest.values())
+        runs = [record for record in latest.values() if not has_diverged(record)]
+        diverged = [record for record in latest.values() if has_diverged(record)]
+        orders = collections.Counter(pair_of(record)[1] for record in runs)
         usual = orders.most_common(1)[0][0] if orders else ""
-        summaries = summarize(r for r in latest.values() if pair_of(r)[1] == usual)
-        rows.append(Row(arm, summaries[-1] if summaries else None))
+        runs = [record for record in runs if pair_of(record)[1] == usual]
+        found: Sequence[Summary | None] = summarize(runs + diverged) or [None]
+        (summary,) = found  # an arm's runs differ in rate and seed alone
+        rows.append(Row(arm, summary))
     return rows
 
 
@@ -180,7 +185,8 @@ def judge(
     """The verdict on a claim, if there are `MIN_SEEDS`: by seeds in pairs.
 
     Of Recall@1 by queries in pairs as well, in clusters of their classes, without which the claim
-    stays open; of all else a record has the means.
+    stays open. Of cosines and picks, and of learners in early versions, a record has the mean: the
+    verdict is on these classes.
 
     Args:
         claim: of two of the rows.
@@ -197,7 +203,7 @@ def judge(
     if not pairs:
         return Judged(claim, None, NOT_RUN)
     bootstrapped, lacking = None, "" if len(pairs) >= MIN_SEEDS else f"{MIN_SEEDS} seeds decide"
-    if claim.quantity == against == "recall@1":
+    if all(1 < len(more[pair]) == len(less[pair]) for pair in pairs):
         values = np.stack([more[pair] - less[pair] for pair in pairs])
         rows_compared = by_name[claim.more], by_name[claim.less]
         classes = _classes([run for row in rows_compared for run in row.runs_of(pairs)])

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from abe.experiments import EXPERIMENTS, Claim, Experiment, Quantity, full, small
 from abe.report.tables import papers_difference
-from abe.results import data_title, is_baseline, markdown_table, schedule, summarize
+from abe.results import (
+    data_title,
+    flatten,
+    has_diverged,
+    is_baseline,
+    markdown_table,
+    schedule,
+    summarize,
+    told_apart,
+    trained_in,
+)
 from abe.selection import by_images_and_start, counts, has_images_of, of_arms, of_scales
 from abe.verdicts import MIN_SEEDS, Judged, judge, pair_of, reservations, rows_of
 
@@ -18,21 +30,22 @@ Made from `results/runs.jsonl` by `abe results results/runs.jsonl --page docs/re
 nothing else. A claim is the paper's, of its own images and setting, but for those of `losses`,
 `protocol`, `width`, of the balanced loss in `fig7c` and of M-heads of equal d, which are ours; the
 figures are ours, of the setting in the same line: the difference of the two means in points of
-Recall@1, with its 95 % interval over classes and seeds in pairs, or of learners' recall, cosines
-and what test images pick over seeds, by Student's t. Shown: all of the interval is above 0, or for
-what is said to be similar or not above, within 1 point (cosines: 0.02). Refuted: all of it is on
-the other side. Fewer than 3 seeds leave a claim open. A run that diverges leaves no line: rates are
-chosen among those that did not. Each verdict is by itself: of 40 claims of things that do not
-differ, one would be shown by chance, and another refuted. The bootstrap over classes and seeds
-stands behind; of 3 seeds it is too narrow where seeds decide, and decides nothing. Runs in pairs
-have the same seed, and where only the network or the loss differs the same batches, but not always
-the same device and precision: the last column names these, docs/protocol.md tells how far they set
-runs apart. "The paper's" is the difference in its own table, in points, on its own images:
-CUB-200-2011 beside ours of CUB, else the last that the table has, mostly CARS-196; of which
-network, if of one with more learners than ours. Reservations say why a row may do better than its
-figure: in some of its runs held-out classes picked the network before its first step, its rate is
-at an end of those tried, or there is no run at some that were meant to be tried. A claim that was
-not run names the command that it needs."""
+Recall@1, with its 95 % interval over classes and seeds in pairs; or "on these classes", by
+Student's t over seeds alone, where records hold no more than the mean: of cosines, of what test
+images pick, and of learners in early versions. On other classes that might be otherwise. Shown: all
+of the interval is above 0, or for what is said to be similar or not above, within 1 point (cosines:
+0.02). Refuted: all of it is on the other side. Fewer than 3 seeds leave a claim open. A rate at
+which a seed diverged is chosen only where there is no other; early versions left no line of such a
+run. Each verdict is by itself: of 40 claims of things that do not differ, one would be shown by
+chance, and another refuted. The bootstrap over classes and seeds stands behind; of 3 seeds it is
+too narrow where seeds decide, and decides nothing. Runs in pairs have the same seed, and where only
+the network or the loss differs the same batches, but not always the same device and precision: the
+last column names these, docs/protocol.md tells how far they set runs apart. "The paper's" is the
+difference in its own table, in points, on its own images: CUB-200-2011 beside ours of CUB, else the
+last that the table has, mostly CARS-196; of which network, if of one with more learners than ours.
+Reservations say why a row may do better than its figure: in some of its runs held-out classes
+picked the network before its first step, its rate is at an end of those tried, or there is no run
+at some that were meant to be tried. A claim that was not run names the command that it needs."""
 _CLAIMS_HEAD = (
     "| claim | the paper's | setting | difference | verdict | reservations | runs |\n"
     "|---|--:|---|---|---|---|---|"
@@ -48,7 +61,11 @@ def results_page(records: Iterable[dict[str, Any]]) -> str:
     groups = by_images_and_start(records)
     lines = [_PAGE_HEAD, "", *_left_out(records, groups)]
     all_told = {
-        name: [told for group in groups for told in _judged_claims(experiment, group)]
+        name: [
+            told
+            for group, images in zip(groups, _images_of(groups), strict=True)
+            for told in _judged_claims(experiment, group, images)
+        ]
         for name, experiment in EXPERIMENTS.items()
     }
     if short := [told for each in all_told.values() for told in each]:
@@ -71,20 +88,41 @@ def _left_out(
     records: Iterable[dict[str, Any]], groups: Iterable[Mapping[str, Sequence[dict[str, Any]]]]
 ) -> list[str]:
     """How many of the runs no claim is judged by, and why."""
-    runs = [record for record in records if not is_baseline(record)]
+    lines = [record for record in records if not is_baseline(record)]
+    runs = [record for record in lines if not has_diverged(record)]
     known = [run for run in runs if counts(run)]
     early = [run for run in runs if "hits@1" not in run["scores"]]
-    judged = of_arms(EXPERIMENTS.values(), groups)
+    judged = [run for run in of_arms(EXPERIMENTS.values(), groups) if not has_diverged(run)]
+    diverged = len(lines) - len(runs)
     notes = {
         "do not say which queries were answered": len(early),
         "are of a checkpoint that their run did not select": len(runs) - len(early) - len(known),
         "have settings that no row has at either scale": len(known) - len(judged),
     }
     return [
-        f"No claim is judged by {number} of the {len(runs)} runs, which {why}: they stand under "
-        "All results alone."
-        for why, number in notes.items()
-        if number
+        *(
+            f"No claim is judged by {number} of the {len(runs)} runs, which {why}: they stand "
+            "under All results alone."
+            for why, number in notes.items()
+            if number
+        ),
+        *[f"{diverged} more runs diverged, and have no result."] * bool(diverged),
+    ]
+
+
+def _images_of(groups: Iterable[Mapping[str, Sequence[dict[str, Any]]]]) -> list[str]:
+    """What to call the images of each group: with settings of theirs where others have others."""
+    titles, settings = [], []
+    for group in groups:
+        record = next(iter(group.values()))[0]
+        titles.append(data_title(record["data"]))
+        settings.append(flatten(record["config"]["data"]))
+    alike = {
+        title: [own for other, own in zip(titles, settings, strict=True) if other == title]
+        for title in titles
+    }
+    return [
+        told_apart(title, own, alike[title]) for title, own in zip(titles, settings, strict=True)
     ]
 
 
@@ -102,10 +140,14 @@ def _section(
     by_claim: dict[Claim, list[_Told]] = {}
     for told in all_told:
         by_claim.setdefault(told.claim, []).append(told)
-    images = "FOLDER" if experiment.anywhere else f"{experiment.benchmarks[0]} --root FOLDER"
+    first_of_paper = experiment.benchmarks[0]
+    benchmarks = {
+        small(True).learners: "" if experiment.anywhere else first_of_paper,
+        full().learners: first_of_paper,
+    }
     commands = {
-        small(True).learners: f"--scale small --data {images}",
-        full().learners: f"--scale full --data {experiment.benchmarks[0]} --root FOLDER",
+        learners: f"--scale {scale} --data " + (f"{data} --root FOLDER" if data else "FOLDER")
+        for scale, (learners, data) in zip(("small", "full"), benchmarks.items(), strict=True)
     }
     not_run = {
         claim: (learners, f"`abe reproduce {name} {options}`")
@@ -119,7 +161,7 @@ def _section(
     for claim in dict.fromkeys([*experiment.claims(small(True).learners), *by_claim, *not_run]):
         if claim in not_run:
             learners, command = not_run[claim]
-            theirs = papers_difference(experiment, claim, learners, "")
+            theirs = papers_difference(experiment, claim, learners, benchmarks[learners])
             lines.append(f"| {claim} | {theirs} | | | not run here: {command} | | |")
             continue
         own = by_claim[claim]
@@ -139,6 +181,8 @@ class _Told:
 
     judged: Judged
     theirs: str
+    images: str
+    """What they are called."""
     scale: str
     runs: Sequence[dict[str, Any]]
     """Of the network that is said to have more first."""
@@ -154,9 +198,9 @@ class _Told:
     @property
     def setting(self) -> str:
         """The images, the scale and how the networks were trained."""
-        data, protocol = data_title(self.runs[0]["data"]), self.runs[0]["protocol"]
         schedules = ", against ".join(dict.fromkeys(map(schedule, self.runs)))
-        return f"{data}, `{self.scale}`, protocol `{protocol}`: {schedules}"
+        protocol = self.runs[0]["protocol"]
+        return f"{self.images}, `{self.scale}`, protocol `{protocol}`: {schedules}"
 
     @property
     def compared(self) -> _Compared:
@@ -176,9 +220,15 @@ _Compared = tuple[str, Quantity, Quantity | None, str, tuple[tuple[str, str], ..
 
 
 def _judged_claims(
-    experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]]
+    experiment: Experiment, by_key: Mapping[str, Sequence[dict[str, Any]]], images: str
 ) -> list[_Told]:
-    """The claims that a group of `by_images_and_start` says something of, at either scale."""
+    """The claims that a group of `by_images_and_start` says something of, at either scale.
+
+    Args:
+        experiment: whose claims.
+        by_key: the group.
+        images: what to call its images.
+    """
     told: list[_Told] = []
     if not has_images_of(experiment, by_key):
         return told
@@ -201,7 +251,7 @@ def _judged_claims(
                     for arm in compared
                 }
             )
-            told.append(_Told(judged, theirs, name, runs, again, doubts))
+            told.append(_Told(judged, theirs, images, name, runs, again, doubts))
     return told
 
 
@@ -217,10 +267,8 @@ def _in_short(told: Iterable[_Told]) -> list[str]:
     for claim, compared in reversed(list(known.items())):
         if any(compared <= others for other, others in known.items() if other != claim):
             del by_claim[claim], known[claim]
-    columns = {
-        column: chr(ord("A") + number)
-        for number, column in enumerate(sorted({c for cells in by_claim.values() for c in cells}))
-    }
+    of_all = sorted({column for cells in by_claim.values() for column in cells})
+    columns = dict(zip(of_all, _column_names(), strict=False))
     return [
         *(f"- {name}: {setting}; images {images}" for (setting, images), name in columns.items()),
         "",
@@ -231,6 +279,12 @@ def _in_short(told: Iterable[_Told]) -> list[str]:
             for claim, cells in by_claim.items()
         ),
     ]
+
+
+def _column_names() -> Iterator[str]:
+    """A, B, ... Z, AA, AB, ..."""
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
 
 
 def _repeated(all_told: Iterable[_Told]) -> list[str]:
@@ -247,7 +301,7 @@ def _repeated(all_told: Iterable[_Told]) -> list[str]:
         for half in told.halves:
             runs = [run for run in told.runs if pair_of(run) in half.pairs]
             days = sorted({str(run["date"])[:10] for run in runs})
-            where = ", ".join(dict.fromkeys(map(_device, runs)))
+            where = ", ".join(_devices(runs))
             cells.append(f"{half.shown} **{half.verdict}**; {' to '.join(days)}, {where}")
         lines[told.compared] = f"| {' | '.join([*cells, 'yes' if within else 'no'])} |"
     if not lines:
@@ -264,16 +318,22 @@ def _repeated(all_told: Iterable[_Told]) -> list[str]:
     ]
 
 
-def _device(record: dict[str, Any]) -> str:
-    """Where a run was made, and in which precision: "NVIDIA H200 bf16"."""
-    found = record["environment"]
-    return f"{found.get('gpu') or found.get('device', 'cpu')} {found['precision']}"
+def _devices(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Where runs were made, and in which precision: ["NVIDIA H200 bf16"]."""
+    environments = (each for record in records for each in trained_in(record))
+    return list(
+        dict.fromkeys(
+            f"{each.get('gpu') or each.get('device', 'cpu')} {each['precision']}"
+            for each in environments
+        )
+    )
 
 
 def _stamps(records: Sequence[dict[str, Any]]) -> str:
     """Which configurations, code, images, devices and precisions figures are from."""
     digests = " ".join(dict.fromkeys(f"`{record['config_digest']}`" for record in records))
-    commits = ", ".join(dict.fromkeys(str(r["environment"]["commit"]) for r in records))
+    commits = ", ".join(
+        dict.fromkeys(str(each["commit"]) for record in records for each in trained_in(record))
+    )
     images = ", ".join(dict.fromkeys(str(r["images_digest"]) for r in records))
-    devices = ", ".join(dict.fromkeys(map(_device, records)))
-    return f"{digests}; code {commits}; images {images}; {devices}"
+    return f"{digests}; code {commits}; images {images}; {', '.join(_devices(records))}"
