@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -598,3 +598,23 @@ def test_resume_takes_nothing_beside_it(capsys: pytest.CaptureFixture[str], tmp_
         cli.main()
     assert ended.value.code == 2
     assert "--resume goes on as it was begun: give only --device with it" in capsys.readouterr().err
+
+
+def test_images_that_were_moved_meanwhile_are_named(
+    photos: Path, stop_after: Callable[[int], None], tmp_path: Path
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    shutil.copytree(photos, there)
+    run = tmp_path / "run"
+    stop_after(1)
+    assert Pretrainer(configured(there), run, SILENT).fit() is None
+    there.rename(elsewhere)
+    told = (
+        r"are not where they were: .*; if they are elsewhere now: .* --resume .*run --data FOLDER"
+    )
+    with pytest.raises(InputError, match=told):
+        Pretrainer.resume(run, SILENT)
+    assert Pretrainer.resume(run, SILENT, data=str(elsewhere)).images.digest
+    shutil.rmtree(next(path for path in sorted(elsewhere.iterdir()) if path.is_dir()))
+    with pytest.raises(InputError, match="were added, removed or renamed"):
+        Pretrainer.resume(run, SILENT, data=str(elsewhere))

@@ -312,10 +312,14 @@ def pretrain(
         "device": device,
     }
     if resume is not None:
-        given = of_data | settings | {"device": None, "folder": folder}
+        moved = {"source": None, "root": None, "device": None}
+        given = of_data | settings | moved | {"folder": folder}
         if any(value is not None for value in given.values()):
-            raise InputError("--resume goes on as it was begun: give only --device with it")
-        pretrainer = Pretrainer.resume(resume, err, device=device)
+            raise InputError(
+                "--resume goes on as it was begun: give only --device with it, or where the images "
+                "are now, by --data or --root"
+            )
+        pretrainer = Pretrainer.resume(resume, err, device=device, data=data, root=root)
     else:
         values = PretrainConfig().to_json()
         values["data"] |= {key: value for key, value in of_data.items() if value is not None}

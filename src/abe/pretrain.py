@@ -25,7 +25,7 @@ from torch import Tensor
 
 from abe.checkpoint import load_optimizer, training_tensors
 from abe.config import PretrainConfig
-from abe.data.classes import open_classes
+from abe.data.classes import ClassImages, open_classes
 from abe.data.decode import BrokenImageError, ReadingError, printable
 from abe.data.loader import Batch, training_batches
 from abe.data.samplers import EpochBatchSampler
@@ -134,7 +134,7 @@ class Pretrainer:
         self.precision: Precision = choose_precision(config.precision, self.device)
         # After an interruption as before it, on a busy machine as well.
         self.config = config.model_copy(update={"precision": self.precision})
-        self.images = open_classes(self.config, self.console)
+        self.images = self._open_images(begun=saved is not None)
         if saved is not None and saved.digest != self.images.digest:
             raise InputError(
                 f"{printable(self.images.learned.name)}: images or classes were added, removed or "
@@ -162,9 +162,28 @@ class Pretrainer:
         if saved is not None:
             self._restore(saved)
 
+    def _open_images(self, *, begun: bool) -> ClassImages:
+        data = self.config.data
+        try:
+            return open_classes(self.config, self.console)
+        except InputError as error:
+            if not begun or Path(data.root or data.source).exists():
+                raise
+            option = "--data" if data.root is None else "--root"
+            raise InputError(
+                f"the images of {self.folder} are not where they were: {error}; if they are "
+                f"elsewhere now: {self._go_on} {option} FOLDER"
+            ) from None
+
     @classmethod
     def resume(
-        cls, folder: Path, console: Console | None = None, *, device: str | None = None
+        cls,
+        folder: Path,
+        console: Console | None = None,
+        *,
+        device: str | None = None,
+        data: str | None = None,
+        root: str | None = None,
     ) -> Self:
         """One that goes on where `folder` was left.
 
@@ -172,12 +191,16 @@ class Pretrainer:
             folder: which.
             console: where to report.
             device: to go on with another device, and then not to the bit; None for the same.
+            data: where the images are now; None for where they were.
+            root: likewise, of a benchmark.
 
         Raises:
-            InputError: there is nothing to go on from, or it is damaged.
+            InputError: there is nothing to go on from, or it is damaged; or the images are others.
         """
         saved = _Saved.load(folder)
         config = saved.config
+        moved = {key: at for key, at in (("source", data), ("root", root)) if at is not None}
+        config = config.model_copy(update={"data": config.data.model_copy(update=moved)})
         if device not in (None, config.device):
             config = config.model_copy(update={"device": device, "precision": "auto"})
         return cls(config, folder, console, saved=saved)
