@@ -28,7 +28,7 @@ from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError, TakenError
 from abe.experiments import EXPERIMENTS, Arm, Claim, Scale, full, get_experiments, small
 from abe.intervals import crossed, pack, pack_classes
-from abe.model.summary import count_macs
+from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
 from abe.recipes import demo
 from abe.report.reproduced import draw, draw_results
@@ -1196,8 +1196,9 @@ def test_what_a_run_computes_is_that_of_the_batches_that_it_has(
     images = 3 * 5 * run.config.train.batch_size + evaluated + len(planned.splits.test)
     macs = count_macs(build_model(run.config), run.config.data.crop)
     assert run.gflop == pytest.approx(2 * macs * images / 1e9)
+    assert run.kept == 2 * (4 + 4) * count_parameters(build_model(run.config))  # with momentum
     untrained = planned.scale.base.with_overrides(["train.steps=0"])
-    planned.scale, planned._gflops = replace(planned.scale, base=untrained), {}
+    planned.scale, planned._known = replace(planned.scale, base=untrained), {}
     (run, *_) = planned.plan(EXPERIMENTS["table2"])
     assert planned.remaining(run) == run.gflop > 0
 

@@ -31,7 +31,7 @@ from abe.experiments import PAPERS_LEARNERS, Arm, Experiment, Scale, full
 from abe.files import replace_text
 from abe.intervals import is_behind
 from abe.losses import ensemble_loss
-from abe.model.summary import count_macs
+from abe.model.summary import count_macs, count_parameters
 from abe.report.reproduced import draw
 from abe.report.tables import csv_text, markdown, papers_images, values_of
 from abe.results import (
@@ -69,12 +69,14 @@ class Run:
         config: with the rate and the seed.
         digest: of the config: kept, for it may be of a large file of weights too.
         gflop: what it computes, as multiplications and additions, evaluations included.
+        kept: bytes of the checkpoints that stay in its folder, the best and the last.
     """
 
     arm: Arm
     config: Config
     digest: str
     gflop: float
+    kept: int
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Reproduction:
     seeds: int = 3
     rows: Collection[str] | None = None
     splits: Splits = field(init=False)
-    _gflops: dict[Arm, float] = field(init=False, default_factory=dict)
+    _known: dict[Arm, tuple[float, int]] = field(init=False, default_factory=dict)  # see `_costs`
     _speeds: list[float] = field(init=False, default_factory=list)  # GFLOP a second, of the last
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class Reproduction:
     def plan(self, experiment: Experiment) -> list[Run]:
         """All trainings of an experiment, one seed after the other."""
         return [
-            Run(arm, config, config.digest, self._gflop(arm, config))
+            Run(arm, config, config.digest, *self._costs(arm, config))
             for seed in self._seeds
             for arm in experiment.arms(self.scale.learners)
             for config in self._configs(arm, experiment.rates(arm, self.scale), seed)
@@ -409,19 +411,24 @@ class Reproduction:
             and "trained_on" not in record["data"]
         ]
 
-    def _gflop(self, arm: Arm, config: Config) -> float:
-        """Of a run of an arm, which is the same of every rate and seed."""
-        if arm not in self._gflops:
+    def _costs(self, arm: Arm, config: Config) -> tuple[float, int]:
+        """`gflop` and `kept` of a run of an arm, which are the same of every rate and seed."""
+        if arm not in self._known:
             with torch.device("meta"):
-                macs = count_macs(build_model(config), config.data.crop)
+                model = build_model(config)
+                macs = count_macs(model, config.data.crop)
             train = config.train
+            copies = {"sgd": 2, "adamw": 3}[
+                train.optimizer
+            ]  # weights, and what they are updated by
+            kept = 2 * copies * 4 * count_parameters(model)
             evaluations = math.ceil(train.steps / train.eval_every) + 1
             gallery = 0 if self.splits.gallery is None else len(self.splits.gallery)
             tested = len(self.splits.test) + gallery
             scored = len(self.splits.select) + tested * (config.protocol == "both")
             images = 3 * train.steps * train.batch_size + evaluations * scored + tested
-            self._gflops[arm] = 2 * macs * images / 1e9
-        return self._gflops[arm]
+            self._known[arm] = 2 * macs * images / 1e9, kept
+        return self._known[arm]
 
 
 def departures(rows: Sequence[tuple[str, Config, Config]]) -> list[str]:
@@ -483,7 +490,7 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
     """What there is to run, and how long it takes at the speed that is measured now."""
     speed = reproduction.speed()
     table = Table("experiment", "run", "rate", "seed", "about", box=None, pad_edge=False)
-    total = 0.0
+    total, kept = 0.0, 0
     listed: set[str] = set()
     for name, experiment in experiments.items():
         for run in reproduction.missing(reproduction.plan(experiment)):
@@ -491,10 +498,13 @@ def dry_run(reproduction: Reproduction, experiments: Mapping[str, Experiment]) -
                 continue
             listed.add(run.digest)
             seconds = reproduction.remaining(run) / speed
-            total += seconds
+            total, kept = total + seconds, kept + run.kept
             rate, seed = f"{run.config.train.lr:g}", str(run.config.seed)
             table.add_row(name, run.arm.name, rate, seed, _minutes(seconds))
-    table.caption = f"at most {len(listed)} runs, about {_minutes(total)} in all"
+    table.caption = (
+        f"at most {len(listed)} runs, about {_minutes(total)} and {kept / 1e9:.1f} GB of "
+        f"checkpoints in {reproduction.folder / 'runs'} in all"
+    )
     return table
 
 

@@ -55,7 +55,7 @@ def draw(
     if experiment.picture in ("cosines", "masks") and (gone := folders.keys() - here.keys()):
         console.print(
             f"{path.name} needs the run folders of {', '.join(sorted(gone))}, which are not in "
-            f"{path.parent / 'runs'}: remove their lines from the results to run them anew"
+            f"{path.parent / 'runs'}: --results FILE, of a new file, has them run anew"
         )
     if experiment.picture == "masks":
         for folder in here.values():
