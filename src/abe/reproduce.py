@@ -213,7 +213,28 @@ class Reproduction:
         Returns:
             What was written: Markdown, CSV and, if it can be drawn, a picture.
         """
-        runs = self.plan(experiment)
+        rows = self._rows(experiment)
+        data, base = self.splits.name, self.scale.base
+        values = [values_of(experiment, row, data, base) for row in rows]
+        stem = self.folder / f"{name}-{data.replace(' ', '-')}-{self.scale_name}"
+        page, table, picture = (
+            stem.with_name(f"{stem.name}.{end}") for end in ("md", "csv", "png")
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(
+            page, f"# {name}: {experiment.title}\n\n{self._text(experiment, rows, values)}"
+        )
+        replace_text(table, csv_text(values))
+        folders = {
+            row.arm.name: self._run_folder(row.found.record["config_digest"])
+            for row in rows
+            if row.found is not None and row.arm.settings
+        }
+        drawn = draw(experiment, values, folders, self.splits, picture, self.console)
+        return [page, table, *[picture] * drawn]
+
+    def _rows(self, experiment: Experiment) -> list[Row]:
+        """The baselines and the arms, with what there is of them."""
         everything = self._records()
         records = self._runs_of_arms(experiment, everything)
         baselines: dict[str, Arm] = {}
@@ -221,14 +242,15 @@ class Reproduction:
             if record["config_digest"] == self._of_baselines.digest:
                 baselines[record["method"]] = Arm(record["method"], ())
                 records[record["method"]] = [record]
-        left = self._left(runs)
-        arms = experiment.arms(self.scale.learners)
-        rows = rows_of([*baselines.values(), *arms], records)
+        return rows_of([*baselines.values(), *experiment.arms(self.scale.learners)], records)
+
+    def _text(
+        self, experiment: Experiment, rows: Sequence[Row], values: Sequence[Mapping[str, Any]]
+    ) -> str:
+        """What stands under the title of a table: what it is of, the table, and what follows."""
+        runs = self.plan(experiment)
+        left, arms = self._left(runs), experiment.arms(self.scale.learners)
         judged = [judge(claim, rows) for claim in experiment.claims(self.scale.learners)]
-        data, base = self.splits.name, self.scale.base
-        values = [values_of(experiment, row, data, base) for row in rows]
-        stem = self.folder / f"{name}-{data.replace(' ', '-')}-{self.scale_name}"
-        files = [stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")]
         notes = {
             "missing": f"{len(left['missing'])} of {len(runs)} runs are missing.",
             "diverged": f"{len(left['diverged'])} of {len(runs)} runs diverged: their rates are "
@@ -236,15 +258,14 @@ class Reproduction:
             "given up": f"{len(left['given up'])} of {len(runs)} runs are not needed: with other "
             "seeds their rates were clearly behind on held-out classes.",
         }
-        text = [
-            f"# {name}: {experiment.title}",
+        parts = [
             f"{data_title(self.splits.describe())}, in percent, with the 95 % interval over seeds "
-            f"and classes; what is said to be the paper's is of {papers_images(experiment, data)}. "
-            f"{_protocol(runs)}."
-            + f" All rows have the recipe's rate, {base.train.lr:g}."
+            "and classes; what is said to be the paper's is of "
+            f"{papers_images(experiment, self.splits.name)}. {_protocol(runs)}."
+            + f" All rows have the recipe's rate, {self.scale.base.train.lr:g}."
             * (not experiment.tuned and not any(arm.rates for arm in arms)),
             markdown(values),
-            *(["\n".join(f"- {verdict}" for verdict in judged)] if judged else []),
+            "\n".join(f"- {verdict}" for verdict in judged),
             *(note for state, note in notes.items() if left[state]),
             *self._reservations(experiment, rows),
             "Departs from the paper's setting: "
@@ -252,18 +273,7 @@ class Reproduction:
             + ". The paper gives no rate, length or weight decay: those of `full` are ours; and "
             "Eq. 9 is divided by the batch, as Eq. 10 is.",
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(files[0], "\n\n".join(part for part in text if part) + "\n")
-        replace_text(files[1], csv_text(values))
-        folders = {
-            row.arm.name: self._run_folder(row.found.record["config_digest"])
-            for row in rows
-            if row.found is not None and row.arm.settings
-        }
-        picture = stem.with_name(f"{stem.name}.png")
-        if draw(experiment, values, folders, self.splits, picture, self.console):
-            files.append(picture)
-        return files
+        return "\n\n".join(part for part in parts if part) + "\n"
 
     def departures(self, experiment: Experiment) -> list[str]:
         """Where what is run here differs from the paper's setting."""
