@@ -26,7 +26,7 @@ from abe.cli import seconds_of
 from abe.config import Config
 from abe.data.benchmarks import find_benchmark
 from abe.errors import InputError, TakenError
-from abe.experiments import EXPERIMENTS, Arm, Claim, Scale, full, get_experiments, small
+from abe.experiments import EXPERIMENTS, Arm, Claim, Scale, abe, full, get_experiments, small
 from abe.intervals import crossed, pack, pack_classes
 from abe.model.summary import count_macs, count_parameters
 from abe.paper import table_rows
@@ -314,6 +314,20 @@ def test_learners_are_compared_on_other_classes_where_their_hits_are_known() -> 
     assert judged.shown.endswith("3 seeds on these classes")
 
 
+def test_one_learner_is_compared_by_its_ensemble_s_hits() -> None:
+    several, single = (record(abe(m), 0, [True, False] * 9) for m in (2, 1))
+    hits = np.arange(18) < 3
+    several["scores"]["learners"] = [{"recall@1": 0.0, "hits@1": pack(hits)}] * 2
+    arms = abe(2), abe(1)
+    claim = Claim(arms[0].name, arms[1].name, quantity="learners' recall@1")
+    by_arm = {arms[0].name: [several], arms[1].name: [single]}
+    judged = judge(claim, rows_of(arms, by_arm))
+    assert judged.bootstrapped is not None
+    assert judged.difference == crossed(
+        (hits - np.array([True, False] * 9, float))[None], np.arange(18)
+    )
+
+
 def test_runs_of_the_name_that_early_versions_gave_them_are_seeds_of_the_same_row() -> None:
     arm = next(a for a in EXPERIMENTS["table3"].arms(4) if a.name == "4-heads^512 with L_div")
     runs = [record(arm, seed, [True, False]) for seed in range(3)]
@@ -348,6 +362,7 @@ def test_a_rate_at_which_a_seed_diverged_is_chosen_by_no_table_and_no_page() -> 
     wild = [*lines, *lucky, diverged(better, 2, 0.01)]
     assert "refuted -44.4" in short(wild)
     assert "1 more runs diverged, and have no result." in results_page(wild)
+    assert "No claim is judged" not in results_page(wild)
     rows = rows_of(arms, {a.name: [r for r in wild if is_of(r, a)] for a in arms})
     assert judge(claim, rows).mean == "-44.4"
     assert "its rate is the lowest of 0.003, 0.01" in rows[0].reservations()
@@ -1031,6 +1046,15 @@ def test_a_rate_that_diverged_is_behind_those_that_did_not(planned: Reproduction
     assert f"| {arm} | 3 | 0.01 |" in table.read_text()
 
 
+def test_a_rate_that_diverged_leaves_no_other_behind(planned: Reproduction) -> None:
+    """The one seed that did not is no reason to give up what is chosen in the end."""
+    arm = EXPERIMENTS["table2"].arms(2)[0].name
+    has_found(planned, arm, {(0.01, 5): 0.1, (0.3, 5): 1.0, (0.3, 6): None})
+    assert left_of(planned, arm) == [(0.01, 6), (0.01, 7)]
+    has_found(planned, arm, {(0.01, 6): None})  # neither is stable now
+    assert left_of(planned, arm) == [(0.01, 7), (0.3, 7)]
+
+
 def test_a_table_tells_its_protocol_and_rates_at_the_edge(planned: Reproduction) -> None:
     first, second = (arm.name for arm in EXPERIMENTS["table2"].arms(2))
     planned.scale = replace(planned.scale, rates=(0.01, 0.03, 0.3))
@@ -1203,7 +1227,7 @@ def test_what_a_run_computes_is_that_of_the_batches_that_it_has(
     images = 3 * 5 * run.config.train.batch_size + evaluated + len(planned.splits.test)
     macs = count_macs(build_model(run.config), run.config.data.crop)
     assert run.gflop == pytest.approx(2 * macs * images / 1e9)
-    assert run.kept == 2 * (4 + 4) * count_parameters(build_model(run.config))  # with momentum
+    assert run.kept == 3 * (4 + 4) * count_parameters(build_model(run.config))  # with momentum
     untrained = planned.scale.base.with_overrides(["train.steps=0"])
     planned.scale, planned._known = replace(planned.scale, base=untrained), {}
     (run, *_) = planned.plan(EXPERIMENTS["table2"])

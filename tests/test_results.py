@@ -168,6 +168,7 @@ def test_a_file_without_results(content: str, message: str, tmp_path: Path) -> N
         ("environment.precision", None),
         ("weights", {"source": "x.pth"}),
         ("scores.hits@1", {"queries": 9, "bits": "AA=="}),
+        ("scores.hits@1", {}),
         ("scores.learners", [{"recall@1": 1.0, "hits@1": pack(np.ones(3, bool))}]),
         ("scores.hits@1.classes", "x"),
         ("scores.hits@1.classes", pack_classes(np.arange(3))),
@@ -296,6 +297,9 @@ def test_which_rate_is_best_is_no_question_of_their_order(names: tuple[float, ..
     assert best_rate(recalls | {clearly: {7: 0.9}}) == slightly  # which is of no seed of theirs
     assert best_rate(recalls | {slightly: {0: 0.9}, clearly: {1: 0.9, 2: 0.9}}) == clearly
     assert best_rate({rate: {0: 0.5} for rate in names}) == 0.1
+    hits = (101, 57, 83)  # of 601: the same ones of other seeds
+    orders = zip(names, itertools.permutations(hits), strict=False)
+    assert best_rate({rate: dict(enumerate(n / 601 for n in own)) for rate, own in orders}) == 0.1
 
 
 def test_a_seed_that_diverged_leaves_its_rate_to_those_without_another() -> None:
@@ -314,6 +318,14 @@ def test_a_seed_that_diverged_leaves_its_rate_to_those_without_another() -> None
     assert [run["seed"] for run in found.runs] == [0, 1]
     assert found.rates == (0.1, 0.2)
     assert found.record["config"]["train"]["lr"] == 0.2
+
+
+def test_a_stretch_without_its_code_is_no_result(tmp_path: Path) -> None:
+    damaged = record()
+    damaged["environment"] = damaged["environment"] | {"stretches": [{"from_step": 0}]}
+    append_record(tmp_path / "runs.jsonl", damaged)
+    with pytest.raises(InputError, match=r"line 1 is no result of .*'commit'.*: remove it"):
+        read_records(tmp_path / "runs.jsonl")
 
 
 def test_a_run_that_diverged_is_a_line_like_others(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from abe.errors import DivergedError, InputError
 from abe.files import read_json, read_json_lines, write_json
 from abe.recipes import RECIPES, get_recipe
 from abe.sweep import (
-    AS_PRINTED,
     KEYS,
     Trial,
     best_trial,
@@ -33,6 +32,7 @@ from abe.sweep import (
     read_trials,
     run_sweep,
     search_space,
+    size_of,
     trials_table,
 )
 from abe.train import Trainer
@@ -92,7 +92,9 @@ def test_the_first_trial_is_the_recipe_and_others_are_in_the_space(
     ]
     assert done[0].digest == SMALL.digest
     assert len({trial.digest for trial in done}) == 8
-    size = {"balanced": 1, "per_image": AS_PRINTED, "sum": AS_PRINTED * own.batch_size}
+    size = {name: size_of(name, SMALL) for name in ("balanced", "per_image", "sum")}
+    assert size == {"balanced": 1, "per_image": 4, "sum": 4 * own.batch_size}
+    assert read_json(tmp_path / "sweep.json")["sizes"] == size
     for lr, margin, weight, normalization in (trial.settings.values() for trial in done):
         assert own.lr / 10 <= lr * size[normalization] <= own.lr * 10
         assert 0.2 <= margin <= 2
@@ -129,6 +131,51 @@ def test_a_proposal_is_a_function_of_seed_and_trials(quick: None, tmp_path: Path
     ]
     assert propose(space, done[:8], SMALL, 0) != propose(space, other[:8], SMALL, 0)
     assert propose(space, done[:4], SMALL, 0) == propose(space, other[:4], SMALL, 0)
+
+
+def test_rates_of_adam_are_those_of_any_normalization(quick: None, tmp_path: Path) -> None:
+    base = SMALL.with_overrides(["train.optimizer=adamw"])
+    done = run_sweep(base, tmp_path, SILENT, trials=8)
+    for lr, _, weight, normalization in (trial.settings.values() for trial in done):
+        assert base.train.lr / 10 <= lr <= base.train.lr * 10
+        weight /= size_of(normalization, base)
+        assert 0.1 <= weight / base.train.divergence_weight <= 10
+
+
+def test_a_sweep_that_did_not_know_sizes_is_another_one(quick: None, tmp_path: Path) -> None:
+    run_sweep(SMALL, tmp_path, SILENT, trials=2)
+    file = tmp_path / "sweep.json"
+    write_json(file, {k: v for k, v in read_json(file).items() if k != "sizes"})
+    with pytest.raises(InputError, match="holds a sweep with another sizes"):
+        run_sweep(SMALL, tmp_path, SILENT, trials=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "sweep-demo-DIGEST"),
+        ([f"--search={key}" for key in KEYS], "sweep-demo-DIGEST"),
+        (["--search=train.margin", "--search=train.lr"], "sweep-demo-DIGEST-train.lr-train.margin"),
+        (["--search=train.lr", "--search=train.lr"], "sweep-demo-DIGEST-train.lr"),
+        (["--seed=3"], "sweep-demo-DIGEST-3"),
+    ],
+)
+def test_a_sweep_has_a_folder_of_its_own(
+    words: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: list[tuple[Config, Path]] = []
+
+    def run(base: Config, folder: Path, *_: object, **__: object) -> list[Trial]:
+        given.append((base, folder))
+        raise InputError("enough")
+
+    monkeypatch.setattr(sweep, "run_sweep", run)
+    monkeypatch.setattr(sys, "argv", ["abe", "sweep", "--recipe=demo", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    ((base, folder),) = given
+    assert folder == Path("runs", name.replace("DIGEST", base.digest))
 
 
 def test_images_are_looked_for_before_anything_is_written(
@@ -249,7 +296,7 @@ def test_a_sweep_that_does_not_say_what_was_asked_for_goes_on(quick: None, tmp_p
         ({"base": SMALL.with_overrides(["train.steps=9"])}, "train.steps"),
         ({"base": SMALL.with_overrides(["data.synthetic_images=5"])}, "data.synthetic_images"),
         ({"base": SMALL.with_overrides(["train.lr=1"])}, "search, train.lr"),
-        ({"keys": ["train.lr"]}, "search"),
+        ({"keys": ["train.lr"]}, "search, sizes.per_image, sizes.sum, sizes.balanced"),
         ({"seed": 1}, "seed"),
     ],
 )

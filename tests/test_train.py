@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -36,8 +37,9 @@ from abe.files import read_json_lines, write_json
 from abe.losses import ensemble_loss
 from abe.model import AttentionEnsemble
 from abe.optimizer import lr_factor
+from abe.ranks import Ranks
 from abe.results import trained_in
-from abe.run_folder import read_log, recorded_precision, stretches
+from abe.run_folder import add_stretches, read_log, recorded_precision, stretches
 from abe.train import GateStatistics, Trainer
 
 SILENT = Console(quiet=True)
@@ -355,24 +357,49 @@ def test_a_record_says_in_what_each_part_of_its_run_was_trained(
     at("later")
     record = Trainer.resume(run, SILENT).fit()
     assert record is not None
-    told = record["environment"]["stretches"]
-    expected = [(0, alone["commit"]), (begun, "later")]
-    if record["selected_step"] <= begun:  # what came later is not in that network
-        expected = expected[:1]
-    assert [(each["from_step"], each["commit"]) for each in told] == expected
+    both = [(0, alone["commit"]), (begun, "later")]
+    of_selected = both if record["selected_step"] > begun else both[:1]
+    kept = json.loads((run / "environment.json").read_text())["stretches"]
+    assert [(each["from_step"], each["commit"]) for each in kept] == both
     at("much later")
-    scored = evaluate_run(run)
     again = Trainer.resume(run, SILENT).fit()
     assert again is not None
-    for found in (scored, again):
+    last = evaluate_run(checkpoints(run)[-1])
+    for found, expected in ((evaluate_run(run), of_selected), (again, of_selected), (last, both)):
         assert found["environment"]["commit"] == "much later"
-        assert found["environment"]["stretches"] == told
-    assert [each["commit"] for each in trained_in(again)] == [commit for _, commit in expected]
-    kept = json.loads((run / "environment.json").read_text())["stretches"]
-    assert [(each["from_step"], each["commit"]) for each in kept] == [
-        (0, alone["commit"]),
-        (begun, "later"),
-    ]
+        assert [(each["from_step"], each["commit"]) for each in trained_in(found)] == expected
+    assert json.loads((run / "environment.json").read_text())["stretches"] == kept
+
+
+def test_a_network_is_of_the_stretches_before_it(tmp_path: Path) -> None:
+    told = [{"from_step": 0, "commit": "a"}, {"from_step": 40, "commit": "b"}]
+    write_json(tmp_path / "environment.json", {"stretches": told})
+    for step, expected in ((0, told[:1]), (40, told[:1]), (41, told), (80, told)):
+        record = {"environment": {"commit": "c"}}
+        add_stretches(record, tmp_path, step, Ranks("cpu"))
+        assert trained_in(record) == expected
+    record = {"environment": {"commit": "a", "threads": 2}}
+    add_stretches(record, tmp_path, 40, Ranks("cpu"))
+    assert trained_in(record) == [record["environment"]]
+
+
+def test_a_run_that_diverges_says_so_of_the_whole_of_it(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(checkpoints(run)[-1])
+    told = json.loads((run / "environment.json").read_text())
+    (before,) = told["stretches"]
+    write_json(run / "environment.json", told | {"stretches": [before | {"commit": "before"}]})
+    trainer = Trainer.resume(run, SILENT)
+    begun = trainer.step
+    trainer.model.embedding[0].linear.weight.data.fill_(math.nan)
+    with pytest.raises(DivergedError):
+        trainer.fit()
+    record = trainer.divergence_record()
+    assert record["diverged"] == begun
+    assert (record["scores"], record["selected_step"]) == ({}, None)
+    assert [each["from_step"] for each in trained_in(record)] == [0, begun]
+    assert record["config_digest"] == TINY.digest
 
 
 def test_steps_that_are_done_again_are_of_what_does_them_again() -> None:
@@ -384,8 +411,11 @@ def test_steps_that_are_done_again_are_of_what_does_them_again() -> None:
     assert both == [*begun, {"from_step": 80, **second}]
     assert stretches({"stretches": both}, first, 40) == begun
     assert stretches({"stretches": both}, first, None) == both
-    early = {"commit": "a", "device": "cpu", "weights": None}  # an early version's, of the last one
-    assert stretches(early, second, 40) == [*begun, {"from_step": 40, **second}]
+    early = {"commit": "a", "weights": None}  # an early version's, which does not say the device
+    assert stretches(early, first, 40) == [{"from_step": 0, "commit": "a"}]
+    assert stretches(early, second, 40)[1:] == [{"from_step": 40, **second}]
+    assert stretches({}, first, 40) == [{"from_step": 40, **first}]
+    assert stretches({}, first, None) == []
 
 
 def test_another_device_can_be_named_for_a_run(finished: Path) -> None:

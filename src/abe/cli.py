@@ -668,15 +668,15 @@ def sweep(
         skip_broken=skip_broken,
         allow_partial=allow_partial,
     )
-    named = "-".join(
-        ["sweep", base.recipe, base.digest, *(search or ()), *[str(seed)] * (seed > 0)]
-    )
-    folder = folder or Path("runs", named)
+    keys = [key for key in KEYS if key in search] if search else list(KEYS)
+    keys += sorted({*(search or ())}.difference(KEYS))  # which are refused
+    parts = [*keys * (keys != list(KEYS)), *[str(seed)] * (seed > 0)]
+    folder = folder or Path("runs", "-".join(["sweep", base.recipe, base.digest, *parts]))
     done = run_sweep(
         base,
         folder,
         err,
-        keys=search or KEYS,
+        keys=keys,
         trials=trials,
         budget=None if budget is None else seconds_of(budget, "--budget"),
         seed=seed,

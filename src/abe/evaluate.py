@@ -404,7 +404,7 @@ def evaluate_run(
         precision=precision,
         ranks=ranks,
     ).record
-    add_stretches(record, run, ranks)
+    add_stretches(record, run, checkpoint.step, ranks)
     if facts is None and method is None:
         add_test_pick(record, run, ranks)
     return record

@@ -120,7 +120,8 @@ class Pretrainer:
         config = config.anchored()
         self.folder = folder
         self.console = console or Console(stderr=True)
-        self.file = folder / f"{config.name}.safetensors"
+        name = config.name if saved is None else saved.config.name  # wherever the images are now
+        self.file = folder / f"{name}.safetensors"
         if saved is None and (folder / CHECKPOINT).exists():
             raise InputError(
                 f"{folder} holds a start that was begun: go on with `{self._go_on}`, or give "

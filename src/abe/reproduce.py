@@ -69,7 +69,7 @@ class Run:
         config: with the rate and the seed.
         digest: of the config: kept, for it may be of a large file of weights too.
         gflop: what it computes, as multiplications and additions, evaluations included.
-        kept: bytes of the checkpoints that stay in its folder, the best and the last.
+        kept: bytes of the checkpoints that stay in its folder, the best and the last two.
     """
 
     arm: Arm
@@ -359,11 +359,12 @@ class Reproduction:
     def _left(self, runs: Sequence[Run]) -> dict[str, list[Run]]:
         """The runs without a result: "missing", "diverged", or of a rate that is "given up"."""
         records = {r["config_digest"]: r for r in self._records() if not is_baseline(r)}
-        tried: dict[str, dict[float, dict[int, float]]] = {}  # arm -> rate -> seed -> Recall@1
+        tried: dict[str, dict[float, dict[int, float | None]]] = {}  # arm -> rate -> seed
         for run in runs:
             if record := records.get(run.digest):
                 of_rate = tried.setdefault(run.arm.name, {}).setdefault(run.config.train.lr, {})
-                of_rate[run.config.seed] = record["selection_recall@1"] or 0.0
+                recall = record["selection_recall@1"] or 0.0
+                of_rate[run.config.seed] = None if has_diverged(record) else recall
         found: dict[str, list[Run]] = {"missing": [], "diverged": [], "given up": []}
         for run in runs:
             if run.digest not in records:
@@ -373,17 +374,27 @@ class Reproduction:
                 found["diverged"].append(run)
         return found
 
-    def _is_given_up(self, run: Run, by_rate: Mapping[float, Mapping[int, float]]) -> bool:
+    def _is_given_up(self, run: Run, by_rate: Mapping[float, Mapping[int, float | None]]) -> bool:
         """Whether its rate is clearly behind the best on held-out classes, by the seeds before.
 
-        Not by those after it: a line that was removed is missing, whatever was run since.
+        Not by those after it: a line that was removed is missing, whatever was run since. Or
+        whether its rate diverged, with any seed, and another did not: it is not chosen then.
+
+        Args:
+            run: of an arm.
+            by_rate: Recall@1 on held-out classes of the arm's runs, by rate and seed; None for one
+                that diverged.
         """
+        rate = run.config.train.lr
+        stable = {each: found for each, found in by_rate.items() if None not in found.values()}
+        if stable and rate in by_rate.keys() - stable.keys():
+            return True
         before = {
-            rate: {seed: recall for seed, recall in recalls.items() if seed < run.config.seed}
-            for rate, recalls in by_rate.items()
+            each: {seed: recall or 0.0 for seed, recall in found.items() if seed < run.config.seed}
+            for each, found in (stable or by_rate).items()
         }
-        before = {rate: recalls for rate, recalls in before.items() if recalls}
-        own = before.get(run.config.train.lr)
+        before = {each: recalls for each, recalls in before.items() if recalls}
+        own = before.get(rate)
         if own is None:
             return False
         best = before[best_rate(before)]
@@ -431,12 +442,12 @@ class Reproduction:
             copies = {"sgd": 2, "adamw": 3}[
                 train.optimizer
             ]  # weights, and what they are updated by
-            kept = 2 * copies * 4 * count_parameters(model)
             evaluations = math.ceil(train.steps / train.eval_every) + 1
             gallery = 0 if self.splits.gallery is None else len(self.splits.gallery)
             tested = len(self.splits.test) + gallery
             scored = len(self.splits.select) + tested * (config.protocol == "both")
             images = 3 * train.steps * train.batch_size + evaluations * scored + tested
+            kept = min(evaluations, 3) * copies * 4 * count_parameters(model)
             self._known[arm] = 2 * macs * images / 1e9, kept
         return self._known[arm]
 

@@ -168,11 +168,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"config.seed {record['config']['seed']}")
             if not 0 <= float(record["selection_recall@1"] or 0) <= 1:
                 raise ValueError(f"selection_recall@1 {record['selection_recall@1']}")
-            hits = record["scores"].get("hits@1")
-            if hits or has_diverged(record):
+            whole = "hits@1" in record["scores"]
+            if whole or has_diverged(record):
                 _ = record["images_digest"], record["date"], record["data"]["train_classes"]
-                _ = record["environment"]["commit"], record["environment"]["precision"]
-            if hits:
+                for environment in (record["environment"], *trained_in(record)):
+                    _ = environment["commit"], environment["precision"]
+            if whole:
+                hits = record["scores"]["hits@1"]
                 queries = len(unpack(hits))
                 for own in record["scores"]["learners"]:
                     if "hits@1" in own and len(unpack(own["hits@1"])) != queries:
@@ -405,7 +407,7 @@ def best_rate(by_rate: Mapping[float, Mapping[int, float]]) -> float:
         recalls, others = by_rate[rate], by_rate[most_tried]
         gains = [recalls[seed] - others[seed] for seed in sorted(recalls.keys() & others.keys())]
         gain = math.fsum(gains) / len(gains) if gains else -math.inf
-        return gain, len(recalls), -rate
+        return round(gain, 12), len(recalls), -rate  # of equals, not of what rounding left of them
 
     return max(by_rate, key=ahead)
 

@@ -52,17 +52,23 @@ def stretches(
     """The environments that a run was trained in, each with the step that it began "from_step".
 
     Args:
-        told: environment.json as it was; nothing at the beginning.
+        told: environment.json as it was; nothing where there is none.
         now: see `abe.runtime.environment`.
         step: from which `now` trains; None if the training is complete.
     """
-    before = told.get("stretches") or [{"from_step": 0, **{k: told.get(k) for k in now}}]
+    known = {key: told[key] for key in now if key in told}  # early versions say less, and no steps
+    before = told.get("stretches") or ([{"from_step": 0, **known}] if known else [])
     if step is None:
         return list(before)
     before = [each for each in before if each["from_step"] < step]
-    if before and all(before[-1].get(key) == value for key, value in now.items()):
+    if before and _is_alike(before[-1], now):
         return before
     return [*before, {"from_step": step, **now}]
+
+
+def _is_alike(environment: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two environments are the same in all that both say."""
+    return all(environment[key] == other[key] for key in environment.keys() & other.keys())
 
 
 def recorded_precision(run: Path, device: torch.device) -> Literal["auto", "fp32", "bf16"]:
@@ -137,17 +143,22 @@ def require_same_images(path: Path, splits: Splits) -> None:
         )
 
 
-def add_stretches(record: dict[str, Any], run: Path, ranks: Ranks) -> None:
+def add_stretches(record: dict[str, Any], run: Path, step: int, ranks: Ranks) -> None:
     """Say in a record what its network was trained in, if it was not scored in the same alone.
+
+    Args:
+        record: of the network as it was after some steps.
+        run: its folder.
+        step: how many.
+        ranks: the processes.
 
     Raises:
         InputError: environment.json cannot be read.
     """
     found = read_environment(run).get("stretches", []) if ranks.first else []
     found, scored_in = ranks.from_first(found), record["environment"]
-    last = record["selected_step"]
-    found = [each for each in found if last is None or each["from_step"] < max(1, last)]
-    if any(each.get(key) != value for each in found for key, value in scored_in.items()):
+    found = [each for each in found if each["from_step"] < max(1, step)]
+    if not all(_is_alike(each, scored_in) for each in found):
         record["environment"] = scored_in | {"stretches": found}
 
 

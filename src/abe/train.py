@@ -571,7 +571,7 @@ class Trainer:
         details = {
             "data": self.splits.describe(),
             "weights": self.start.origin,
-            "stretches": stretches(told, now, None if done else self.step),
+            "stretches": stretches(told, now, None if told and done else self.step),
         }
         write_json(self.run / ENVIRONMENT, now | details)
         if self.splits.skipped:
@@ -689,7 +689,7 @@ class Trainer:
             ranks=self.ranks,
         )
         add_test_pick(evaluation.record, self.run, self.ranks)
-        add_stretches(evaluation.record, self.run, self.ranks)
+        add_stretches(evaluation.record, self.run, selected.step, self.ranks)
         write_result(self.run, *evaluation, self.ranks)
         return evaluation.record
 
@@ -703,7 +703,7 @@ class Trainer:
             weights=self.start.origin,
             environment=self._environment(),
         )
-        add_stretches(record, self.run, self.ranks)
+        add_stretches(record, self.run, self.step + 1, self.ranks)  # the step that it diverged at
         return record
 
     def _environment(self) -> dict[str, Any]:

@@ -143,8 +143,9 @@ def _values(record: dict[str, Any], quantity: Quantity) -> NDArray[np.float64]:
         return unpack(scores["hits@1"]).astype(np.float64)
     if quantity == "learners' recall@1":
         learners = scores["learners"]
-        if all("hits@1" in learner for learner in learners):
-            return np.mean([unpack(learner["hits@1"]) for learner in learners], axis=0)
+        hits = [scores] if len(learners) == 1 else learners  # it is the ensemble itself
+        if all("hits@1" in each for each in hits):
+            return np.mean([unpack(each["hits@1"]) for each in hits], axis=0)
         return np.array([np.mean([learner["recall@1"] for learner in learners])])
     if quantity == PICKED:
         picked = scores.get("test_picked")
