@@ -50,7 +50,7 @@ QUICK = [
     f"--set={setting}"
     for setting in (
         "model.network=m-heads",
-        "model.num_learners=1",
+        "model.num_learners=2",
         "model.embedding_dim=8",
         "model.weights=none",
         "data.resize=40",
