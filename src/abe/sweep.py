@@ -1,8 +1,9 @@
 """`abe sweep`: a search for settings that the paper leaves open, on held-out training classes.
 
     <folder>/sweep.json           what is searched: the settings to begin from, the space around
-                                  them, the seed, and the digest of the images; "asked": how
-                                  many trials, and seconds of all, the last call to train wanted
+                                  them, the seed, and the digest of the images; "sizes": how
+                                  rates and lambdas go with the normalisation; "asked": how many
+                                  trials, and seconds of all, the last call to train wanted
     <folder>/trials.jsonl         a line for each trial that is done
     <folder>/<number>-<digest>/   a trial's run, whose checkpoints go when the trial is done
 
