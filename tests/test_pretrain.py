@@ -615,7 +615,13 @@ def test_images_that_were_moved_meanwhile_are_named(
     with pytest.raises(InputError, match=told):
         Pretrainer.resume(run, SILENT)
     resumed = Pretrainer.resume(run, SILENT, data=str(elsewhere))
-    assert resumed.file == run / "googlenet-there.safetensors"  # as it was begun
+    stop_after(2)
+    assert resumed.fit() is None
+    assert Pretrainer.resume(run, SILENT).fit() == run / "googlenet-there.safetensors"
+    assert len(list(run.glob("googlenet-*"))) == 2  # and its card, which names it as it was begun
+    card = (run / "googlenet-there.md").read_text()
+    assert "--weights googlenet-there.safetensors" in card
+    assert "elsewhere" not in card.partition("| data |")[0]
     shutil.rmtree(next(path for path in sorted(elsewhere.iterdir()) if path.is_dir()))
     with pytest.raises(InputError, match="were added, removed or renamed"):
         Pretrainer.resume(run, SILENT, data=str(elsewhere))

@@ -1051,6 +1051,8 @@ def test_a_rate_that_diverged_leaves_no_other_behind(planned: Reproduction) -> N
     arm = EXPERIMENTS["table2"].arms(2)[0].name
     has_found(planned, arm, {(0.01, 5): 0.1, (0.3, 5): 1.0, (0.3, 6): None})
     assert left_of(planned, arm) == [(0.01, 6), (0.01, 7)]
+    table, *_ = planned.write("table2", EXPERIMENTS["table2"])
+    assert "with other seeds their rates diverged, or were clearly behind" in table.read_text()
     has_found(planned, arm, {(0.01, 6): None})  # neither is stable now
     assert left_of(planned, arm) == [(0.01, 7), (0.3, 7)]
 

@@ -146,7 +146,7 @@ def test_a_sweep_that_did_not_know_sizes_is_another_one(quick: None, tmp_path: P
     run_sweep(SMALL, tmp_path, SILENT, trials=2)
     file = tmp_path / "sweep.json"
     write_json(file, {k: v for k, v in read_json(file).items() if k != "sizes"})
-    with pytest.raises(InputError, match="holds a sweep with another sizes"):
+    with pytest.raises(InputError, match=r"holds a sweep of an early version, .*another --folder"):
         run_sweep(SMALL, tmp_path, SILENT, trials=3)
 
 
@@ -296,7 +296,7 @@ def test_a_sweep_that_does_not_say_what_was_asked_for_goes_on(quick: None, tmp_p
         ({"base": SMALL.with_overrides(["train.steps=9"])}, "train.steps"),
         ({"base": SMALL.with_overrides(["data.synthetic_images=5"])}, "data.synthetic_images"),
         ({"base": SMALL.with_overrides(["train.lr=1"])}, "search, train.lr"),
-        ({"keys": ["train.lr"]}, "search, sizes.per_image, sizes.sum, sizes.balanced"),
+        ({"keys": ["train.lr"]}, "search"),
         ({"seed": 1}, "seed"),
     ],
 )

@@ -378,6 +378,13 @@ def test_a_network_is_of_the_stretches_before_it(tmp_path: Path) -> None:
         record = {"environment": {"commit": "c"}}
         add_stretches(record, tmp_path, step, Ranks("cpu"))
         assert trained_in(record) == expected
+    write_json(
+        tmp_path / "environment.json", {"commit": "a", "device": "cuda"}
+    )  # an early version's
+    record = {"environment": {"commit": "c", "device": "cpu"}}
+    add_stretches(record, tmp_path, 40, Ranks("cpu"))
+    assert trained_in(record) == [{"from_step": 0, "commit": "a", "device": "cuda"}]
+    write_json(tmp_path / "environment.json", {"stretches": told})
     record = {"environment": {"commit": "a", "threads": 2}}
     add_stretches(record, tmp_path, 40, Ranks("cpu"))
     assert trained_in(record) == [record["environment"]]

@@ -68,6 +68,8 @@ class _Saved:
 
     step: int
     config: PretrainConfig
+    name: str
+    """Of the start, as it was begun."""
     digest: str
     """Of the images, see `ClassImages.digest`."""
     tensors: dict[str, Tensor]
@@ -84,7 +86,8 @@ class _Saved:
             if meta.pop("checksum") != _checksum(meta, tensors):
                 raise InputError("it was changed since it was written")
             config = PretrainConfig.from_json(json.loads(meta["config"]))
-            return cls(int(meta["step"]), config, meta["digest"], tensors)
+            name = meta.get("name", config.name)  # early versions do not say it
+            return cls(int(meta["step"]), config, name, meta["digest"], tensors)
         except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
             raise InputError(
                 f"{path} cannot be read ({error}): begin again in another folder"
@@ -120,7 +123,7 @@ class Pretrainer:
         config = config.anchored()
         self.folder = folder
         self.console = console or Console(stderr=True)
-        name = config.name if saved is None else saved.config.name  # wherever the images are now
+        name = config.name if saved is None else saved.name  # wherever the images are now
         self.file = folder / f"{name}.safetensors"
         if saved is None and (folder / CHECKPOINT).exists():
             raise InputError(
@@ -348,6 +351,7 @@ class Pretrainer:
         meta = {
             "step": str(self.step),
             "config": json.dumps(self.config.to_json()),
+            "name": self.file.stem,
             "digest": self.images.digest,
         }
         try:
@@ -399,6 +403,7 @@ class Pretrainer:
         card = self.file.with_suffix(".md")
         if not card.exists():  # else its owner may have filled in what it asks for
             text = model_card(
+                self.file.stem,
                 self.config,
                 facts,
                 environment(self.device) | {"precision": self.precision},

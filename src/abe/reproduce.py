@@ -2,9 +2,9 @@
 
 Runs are lines of a results file. What has a line, by the digests of its configuration and of its
 images, is not run again; what was interrupted goes on where it was. Seeds come first: a budget that
-ends early leaves a whole table of fewer seeds. They try every rate that is not clearly behind the
-best: which one that is on held-out classes differs from seed to seed, and the mean over the seeds
-chooses.
+ends early leaves a whole table of fewer seeds. They try every rate that has not diverged and is not
+clearly behind the best: which one that is on held-out classes differs from seed to seed, and the
+mean over the seeds chooses.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class Reproduction:
             "diverged": f"{len(left['diverged'])} of {len(runs)} runs diverged: their rates are "
             "chosen only where there is no other.",
             "given up": f"{len(left['given up'])} of {len(runs)} runs are not needed: with other "
-            "seeds their rates were clearly behind on held-out classes.",
+            "seeds their rates diverged, or were clearly behind on held-out classes.",
         }
         parts = [
             f"{data_title(self.splits.describe())}, in percent, with the 95 % interval over seeds "

@@ -155,8 +155,10 @@ def add_stretches(record: dict[str, Any], run: Path, step: int, ranks: Ranks) ->
     Raises:
         InputError: environment.json cannot be read.
     """
-    found = read_environment(run).get("stretches", []) if ranks.first else []
-    found, scored_in = ranks.from_first(found), record["environment"]
+    scored_in = record["environment"]
+    found = ranks.from_first(
+        stretches(read_environment(run), scored_in, None) if ranks.first else []
+    )
     found = [each for each in found if each["from_step"] < max(1, step)]
     if not all(_is_alike(each, scored_in) for each in found):
         record["environment"] = scored_in | {"stretches": found}

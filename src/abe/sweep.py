@@ -361,11 +361,17 @@ def _require_same_sweep(file: Path, sweep: Mapping[str, Any]) -> None:
     saved.pop("asked", None)
     if "images" not in sweep:  # not read yet
         saved.pop("images", None)
-    if names := differing([flatten(saved), flatten(sweep)]):
+    differ = differing([flatten(saved), flatten(sweep)])
+    if names := [name for name in differ if not name.startswith("sizes.")]:
         which = ", ".join(name.removeprefix("settings.") for name in names)
         raise InputError(
             f"{file.parent} holds a sweep with another {which}: give the same settings to go on "
             "with it, or another --folder"
+        )
+    if differ:
+        raise InputError(
+            f"{file.parent} holds a sweep of an early version, whose rates went otherwise with the "
+            "normalisation: give another --folder"
         )
 
 

@@ -9,6 +9,7 @@ from abe.data.transforms import Preprocessing
 
 
 def model_card(
+    name: str,
     config: PretrainConfig,
     images: dict[str, Any],
     made_by: dict[str, Any],
@@ -21,6 +22,7 @@ def model_card(
     """What to know before a start is used, in Markdown.
 
     Args:
+        name: of the start.
         config: how it was made.
         images: see `ClassImages.describe`.
         made_by: software and hardware, see `environment`, and "precision".
@@ -29,7 +31,7 @@ def model_card(
         architecture: what the file holds.
         size: of the file.
     """
-    file = f"{config.name}.safetensors"
+    file = f"{name}.safetensors"
     results = ", ".join(f"{100 * top_1:.1f} % at {side} px" for side, top_1 in measured.items())
     other = f" --set model.backbone={config.backbone}"
     other *= config.backbone != ModelConfig().backbone
@@ -52,8 +54,8 @@ def model_card(
         f"{made_by['torch']}, {made_by['gpu'] or made_by['cpu']}",
         "licence": "**not stated yet: say here what the terms of the pictures allow**",
     }
-    table = "\n".join(f"| {name} | {content} |" for name, content in rows.items())
-    return f"""# Model card: `{config.name}`
+    table = "\n".join(f"| {what} | {content} |" for what, content in rows.items())
+    return f"""# Model card: `{name}`
 
 | | |
 |---|---|
