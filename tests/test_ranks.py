@@ -410,7 +410,7 @@ def test_two_machines_train_until_one_is_cut_off(
 ) -> None:
     """In a step, and not while a rank waits for what another does alone, which may take long."""
     run = tmp_path / "run"
-    settings = ["train.steps=100000", "train.eval_every=30", "train.log_every=1"]
+    settings = ["train.steps=100000", "train.eval_every=100", "train.log_every=1"]
     config = TINY.with_overrides([*settings, "ranks_timeout=20"])
     options = ("--nnodes=2", "--master-addr=10.213.77.1")
     processes = [
@@ -427,7 +427,7 @@ def test_two_machines_train_until_one_is_cut_off(
     ]
     try:
         started = time.monotonic()
-        while len(checkpoints(run)) < 2 or len(losses(run)) < 32:
+        while len(checkpoints(run)) < 2 or len(losses(run)) < 102:
             assert all(process.poll() is None for process in processes)
             assert time.monotonic() - started < 240
             time.sleep(0.05)
@@ -439,10 +439,10 @@ def test_two_machines_train_until_one_is_cut_off(
             process.wait()
     for rank in (0, 1):
         assert processes[rank].returncode
-        assert f"rank {rank} of 2 has lost another one" in told[rank]
+        assert f"rank {rank} of 2 has lost another one" in told[rank], told[rank]
         assert f"; to go on: abe train --resume {run}" in told[rank]
     assert losses(run)[:2] == pytest.approx(losses(alone)[:2], rel=1e-3)
-    assert Trainer.resume(run, SILENT).step == 30
+    assert Trainer.resume(run, SILENT).step == 100
 
 
 # --- Stopped, lost, and resumed ----------------------------------------------------------------
