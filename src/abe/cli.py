@@ -668,9 +668,8 @@ def sweep(
         skip_broken=skip_broken,
         allow_partial=allow_partial,
     )
-    keys = [key for key in KEYS if key in search] if search else list(KEYS)
-    keys += sorted({*(search or ())}.difference(KEYS))  # which are refused
-    parts = [*keys * (keys != list(KEYS)), *[str(seed)] * (seed > 0)]
+    keys = sorted({*(search or KEYS)})
+    parts = [*keys * (keys != sorted(KEYS)), *[str(seed)] * (seed > 0)]
     folder = folder or Path("runs", "-".join(["sweep", base.recipe, base.digest, *parts]))
     done = run_sweep(
         base,

@@ -45,6 +45,7 @@ from abe.run_folder import (
     LOG,
     alone,
     forget_later_steps,
+    looking_for_images,
     require_outside_images,
 )
 from abe.runtime import (
@@ -168,16 +169,10 @@ class Pretrainer:
 
     def _open_images(self, *, begun: bool) -> ClassImages:
         data = self.config.data
-        try:
+        option = "--data" if data.root is None else "--root"
+        advice = f"if they are elsewhere now: {self._go_on} {option} FOLDER"
+        with looking_for_images(self.folder, data, advice if begun else None):
             return open_classes(self.config, self.console)
-        except InputError as error:
-            if not begun or Path(data.root or data.source).exists():
-                raise
-            option = "--data" if data.root is None else "--root"
-            raise InputError(
-                f"the images of {self.folder} are not where they were: {error}; if they are "
-                f"elsewhere now: {self._go_on} {option} FOLDER"
-            ) from None
 
     @classmethod
     def resume(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,25 @@ def require_outside_images(folder: Path, data: DataConfig) -> None:
     images = Path(data.source).expanduser()
     if data.root is None and data.source != "synthetic" and images.is_dir():
         require_outside(folder, images)
+
+
+@contextlib.contextmanager
+def looking_for_images(folder: Path, data: DataConfig, advice: str | None) -> Iterator[None]:
+    """While images are opened that a folder was begun with: says so where they are gone.
+
+    Args:
+        folder: of a run or a start.
+        data: its images.
+        advice: how to go on with images that were moved; None for a folder that is not begun.
+    """
+    try:
+        yield
+    except InputError as error:
+        if advice is None or Path(data.root or data.source).exists():
+            raise
+        raise InputError(
+            f"the images of {folder} are not where they were: {error}; {advice}"
+        ) from None
 
 
 def read_environment(run: Path) -> dict[str, Any]:

@@ -257,13 +257,12 @@ def _rescaled(
     """
     own = str(settings.get("train.normalization", base.train.normalization))
     factor = size_of(own, base) / size_of(base.train.normalization, base)
+    factor = 1 / factor if to_base else factor
     factors = {"train.divergence_weight": factor}
     if base.train.optimizer == "sgd":
         factors["train.lr"] = 1 / factor
     return {
-        key: value * (1 / factors[key] if to_base else factors[key])
-        if key in factors and isinstance(value, float)
-        else value
+        key: value * factors.get(key, 1.0) if isinstance(value, float) else value
         for key, value in settings.items()
     }
 

@@ -69,6 +69,7 @@ from abe.run_folder import (
     alone,
     checkpoint_of_first,
     forget_later_steps,
+    looking_for_images,
     read_environment,
     recorded_precision,
     require_outside_images,
@@ -182,16 +183,10 @@ class Trainer:
 
     def _open_splits(self, config: Config, *, begun: bool) -> Splits:
         data = config.data
-        try:
+        key = "data.source" if data.root is None else "data.root"
+        advice = f"if a folder of this name is elsewhere now, give it by --set {key}=FOLDER"
+        with looking_for_images(self.run, data, advice if begun else None):
             return open_splits(data, config.protocol, self.console, check=self.ranks.first_here)
-        except InputError as error:
-            if not begun or Path(data.root or data.source).exists():
-                raise
-            key = "data.source" if data.root is None else "data.root"
-            raise InputError(
-                f"the images of {self.run} are not where they were: {error}; if a folder of this "
-                f"name is elsewhere now, give it by --set {key}=FOLDER"
-            ) from None
 
     def _choose_precision(self, checkpoint: Checkpoint | None) -> Precision:
         """The same on all ranks, and on a device the same after an interruption as before it."""
